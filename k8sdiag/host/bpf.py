@@ -1,0 +1,275 @@
+"""BPF programs in the kernel, seen from user space: load one, switch and drain its maps, read its losses.
+
+Only bpf(2) is used here. The compiler is a process of its own (loader.py) that hands over descriptors, so this
+process never holds LLVM, and what differs between releases of bcc stays out of the counting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import mmap
+import os
+import platform
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from k8sdiag.errors import BccMissing, BtfMissing, NotPermitted, ProbeRefused
+from k8sdiag.host import wire
+from k8sdiag.host.symbols import KernelSymbols
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283}.get(platform.machine(), 324)
+_MAP_CREATE, _MAP_UPDATE, _PROG_INFO, _RAW_TRACEPOINT_OPEN, _DRAIN_BATCH = 0, 2, 15, 17, 25
+_MAP_LOOKUP = 1
+_ARRAY, _ARRAY_OF_MAPS = 2, 12
+_PAGE = mmap.PAGESIZE
+
+
+def probes_directory() -> Path:
+    """Where the C sources are: inside an installed package, beside it in a checkout."""
+    inside = _PACKAGE / "probes"
+    return inside if inside.is_dir() else _PACKAGE.parent / "probes"
+
+
+def possible_cpus(text: str | None = None) -> int:
+    """How many values a per-CPU map has: CPUs that could ever be plugged in. /sys/devices/system/cpu/possible."""
+    text = Path("/sys/devices/system/cpu/possible").read_text() if text is None else text
+    return int(text.strip().split(",")[-1].split("-")[-1]) + 1
+
+
+def bpf(command: int, attributes: bytes) -> tuple[int, bytes]:
+    """bpf(2): the result and the attributes as the kernel left them. Raises OSError."""
+    buffer = ctypes.create_string_buffer(attributes, len(attributes))
+    result = _LIBC.syscall(_BPF, command, buffer, len(attributes))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result, buffer.raw
+
+
+class ProgramRuns(NamedTuple):
+    """bpf_prog_info of a program. `runs` and `run_ns` are counted only while kernel.bpf_stats_enabled is 1."""
+
+    runs: int
+    run_ns: int
+    misses: int
+    """Events that were skipped because they interrupted the program itself; from 5.12."""
+
+
+class BpfMap:
+    """A map of the loaded probe. `cpus` is 1 for maps that are not per-CPU."""
+
+    def __init__(self, fd: int, key_size: int, value_size: int, cpus: int = 1) -> None:
+        self.fd = fd
+        self._key_size = key_size
+        self._value_size = value_size * cpus
+        self._batch = 2048
+
+    def update(self, key: bytes, value: bytes) -> None:
+        keys, values = ctypes.create_string_buffer(key), ctypes.create_string_buffer(value, len(value))
+        bpf(_MAP_UPDATE, struct.pack("<IIQQQ", self.fd, 0, _address(keys), _address(values), 0))
+
+    def lookup(self, key: bytes) -> bytes:
+        keys, values = ctypes.create_string_buffer(key), ctypes.create_string_buffer(self._value_size)
+        bpf(_MAP_LOOKUP, struct.pack("<IIQQQ", self.fd, 0, _address(keys), _address(values), 0))
+        return values.raw
+
+    def drain(self) -> Iterator[tuple[bytes, bytes]]:
+        """Chunks of (keys, values of all CPUs), deleted from the map. No program may be writing to it.
+
+        BPF_MAP_LOOKUP_AND_DELETE_BATCH, from 5.6 for hash maps.
+        """
+        cursor_in, cursor_out = ctypes.create_string_buffer(8), ctypes.create_string_buffer(8)
+        first = True
+        while True:
+            count = self._batch
+            keys = ctypes.create_string_buffer(count * self._key_size)
+            values = ctypes.create_string_buffer(count * self._value_size)
+            attributes = ctypes.create_string_buffer(
+                struct.pack(
+                    "<QQQQIIQQ",
+                    0 if first else _address(cursor_in), _address(cursor_out), _address(keys), _address(values),
+                    count, self.fd, 0, 0,
+                )
+            )  # fmt: skip
+            result = _LIBC.syscall(_BPF, _DRAIN_BATCH, attributes, 56)
+            number = ctypes.get_errno() if result < 0 else 0
+            if number == errno.ENOSPC:  # one bucket holds more than the whole buffer
+                self._batch *= 2
+                continue
+            if number not in (0, errno.ENOENT):
+                raise OSError(number, os.strerror(number))
+            got = struct.unpack_from("<I", attributes.raw, 32)[0]
+            if got:
+                yield keys.raw[: got * self._key_size], values.raw[: got * self._value_size]
+            if number == errno.ENOENT:
+                return
+            first = False
+            ctypes.memmove(cursor_in, cursor_out, 8)
+
+
+class RingBuffer:
+    """The consumer's end of a BPF ring buffer (kernel/bpf/ringbuf.c describes the two position pages)."""
+
+    def __init__(self, fd: int, data_bytes: int) -> None:
+        self._mask = data_bytes - 1
+        self._consumer = mmap.mmap(fd, _PAGE)
+        self._data = mmap.mmap(fd, _PAGE + 2 * data_bytes, prot=mmap.PROT_READ, offset=_PAGE)
+        self._consumed = memoryview(self._consumer).cast("Q")
+        self._produced = memoryview(self._data)[:8].cast("Q")
+
+    def read(self) -> Iterator[bytes]:
+        """Records that are complete by now."""
+        at, end = self._consumed[0], self._produced[0]
+        while at < end:
+            place = _PAGE + (at & self._mask)
+            header = struct.unpack_from("<I", self._data, place)[0]
+            if header & 0x80000000:  # still being written
+                break
+            length = header & 0x3FFFFFFF
+            if not header & 0x40000000:  # not discarded
+                yield self._data[place + 8 : place + 8 + length]
+            at += (length + 8 + 7) & ~7
+        self._consumed[0] = at
+
+    def close(self) -> None:
+        self._consumed.release()
+        self._produced.release()
+        self._consumer.close()
+        self._data.close()
+
+
+class Probe:
+    """A loaded and attached probe. Closing its descriptors is what detaches it: no state stays in the kernel."""
+
+    def __init__(self, name: str, symbols: KernelSymbols, defines: dict[str, int]) -> None:
+        self.about, descriptors = _load(name, symbols, defines)
+        self.program, *maps = descriptors
+        self.map_fds: dict[str, int] = dict(zip(self.about["maps"], maps, strict=True))
+        self._link: int | None = None
+
+    def attach(self, tracepoint: str) -> None:
+        """Start counting. Raises ProbeRefused with the kernel's reason."""
+        name = ctypes.create_string_buffer(tracepoint.encode())
+        try:
+            self._link, _ = bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", _address(name), self.program, 0))
+        except OSError as error:
+            raise ProbeRefused(f"tracepoint {tracepoint}: {error.strerror}") from error
+
+    def runs(self) -> ProgramRuns:
+        info = ctypes.create_string_buffer(256)
+        bpf(_PROG_INFO, struct.pack("<IIQ", self.program, 256, _address(info)))
+        run_ns, runs, misses = struct.unpack_from("<QQQ", info.raw, 192)
+        return ProgramRuns(runs, run_ns, misses)
+
+    def detach(self) -> None:
+        if self._link is not None:
+            os.close(self._link)
+            self._link = None
+
+    def close(self) -> None:
+        self.detach()
+        for fd in (self.program, *self.map_fds.values()):
+            os.close(fd)
+        self.map_fds = {}
+
+
+class GracePeriod:
+    """Waits until every run of a BPF program that had begun is over.
+
+    membarrier(MEMBARRIER_CMD_GLOBAL) is synchronize_rcu(), under which programs run. It is refused on kernels
+    booted with nohz_full; there, an update of a map of maps waits for the same (maybe_wait_bpf_programs()).
+    """
+
+    def __init__(self) -> None:
+        self._maps: tuple[int, int] | None = None
+        if _LIBC.syscall(_MEMBARRIER, 1, 0, 0) < 0:
+            inner, _ = bpf(_MAP_CREATE, struct.pack("<IIII", _ARRAY, 4, 8, 1) + bytes(56))
+            outer, _ = bpf(_MAP_CREATE, struct.pack("<IIIIII", _ARRAY_OF_MAPS, 4, 4, 1, 0, inner) + bytes(48))
+            self._maps = inner, outer
+
+    def wait(self) -> None:
+        if self._maps is None:
+            _LIBC.syscall(_MEMBARRIER, 1, 0, 0)
+        else:
+            inner, outer = self._maps
+            BpfMap(outer, 4, 4).update(bytes(4), struct.pack("<I", inner))
+
+    def close(self) -> None:
+        for fd in self._maps or ():
+            os.close(fd)
+        self._maps = None
+
+
+def _address(buffer: Any) -> int:
+    return ctypes.addressof(buffer)
+
+
+def _load(name: str, symbols: KernelSymbols, defines: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
+    from k8sdiag.host.loader import SYMBOLS
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs, tempfile.TemporaryFile() as words:
+        start = (
+            f"import sys; sys.path.insert(0, {str(_PACKAGE.parent)!r}); from k8sdiag.host.loader import main; main()"
+        )
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-W", "ignore::SyntaxWarning", "-c", start, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=words,
+            start_new_session=True,  # Ctrl-C is for us; the child ends with us
+        )
+        theirs.close()
+        spans = {symbol: span for symbol in SYMBOLS if (span := symbols.span(symbol))}
+        request = {"probe": name, "probes": str(probes_directory()), "spans": spans, "defines": defines}
+        try:
+            ours.sendall(json.dumps(request).encode() + b"\n")
+            line, descriptors, _, _ = socket.recv_fds(ours, 1 << 20, 32)
+            while line and not line.endswith(b"\n"):
+                line += ours.recv(1 << 20)
+        except OSError:
+            line, descriptors = b"", []
+        finally:
+            # Its answer is here, or never comes; the exit handlers of LLVM are not waited for.
+            child.kill()
+            child.wait()
+        words.seek(0)
+        said = words.read()[-4000:].decode(errors="replace").strip()
+    if not line:
+        raise ProbeRefused("the compiler ended early: " + said)
+    answer = json.loads(line)
+    if "error" in answer:
+        raise _refusal(answer["error"], f"{answer['text']}\n{said}".strip())
+    return answer, list(descriptors)
+
+
+def _refusal(kind: str, text: str) -> Exception:
+    if kind == "bcc":
+        return BccMissing(text)
+    if kind == "btf":
+        return BtfMissing(text)
+    if kind == "refused" and ("super-user" in text or "not permitted" in text.lower()):
+        return NotPermitted(text.splitlines()[0]) if os.geteuid() else ProbeRefused(_why_refused(text))
+    return ProbeRefused(text)
+
+
+def _why_refused(text: str) -> str:
+    lockdown = Path("/sys/kernel/security/lockdown")
+    if lockdown.exists() and "[confidentiality]" in lockdown.read_text():
+        return "kernel lockdown is at confidentiality, where BPF may not read kernel memory. " + text
+    return text
+
+
+__all__ = ["BpfMap", "GracePeriod", "Probe", "ProgramRuns", "RingBuffer", "possible_cpus", "wire"]

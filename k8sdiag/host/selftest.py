@@ -1,0 +1,66 @@
+"""The shortest way through probe, maps and ring buffer: 23 datagrams to a closed loopback port, counted.
+
+`python3 -m k8sdiag.host.selftest` needs the standard library and bcc only, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import struct
+import sys
+import time
+
+from k8sdiag.errors import K8sdiagError
+from k8sdiag.host import wire
+from k8sdiag.host.bpf import BpfMap, GracePeriod, Probe, possible_cpus
+from k8sdiag.host.symbols import KernelSymbols
+
+DATAGRAMS = 23
+
+
+def count_own_drops() -> dict[str, object]:
+    """Load the drop probe, provoke drops, read them back, detach. Raises the errors of host.bpf."""
+    begin_s = time.perf_counter()
+    probe = Probe("drops", KernelSymbols(), {"FLOWS": 1024, "DROPS": 1024, "SAMPLE_PAGES": 8})
+    try:
+        BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size).update(
+            bytes(4), wire.CONTROL.codec.pack(0, 1, DATAGRAMS, DATAGRAMS)
+        )
+        probe.attach("kfree_skb")
+        load_s = time.perf_counter() - begin_s
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiver:
+            receiver.bind(("127.0.0.1", 0))
+            port = receiver.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            for _ in range(DATAGRAMS):
+                sender.sendto(b"k8sdiag", ("127.0.0.1", port))
+        probe.detach()
+        GracePeriod().wait()
+        skbs = 0
+        cpus = possible_cpus()
+        for keys, values in BpfMap(probe.map_fds["flows_0"], wire.FLOW_KEY.size, wire.TALLY.size, cpus).drain():
+            tallies = struct.iter_unpack("<" + "QQQ" * cpus, values)
+            for flow, tally in zip(wire.FLOW_KEY.codec.iter_unpack(keys), tallies, strict=True):
+                if flow[14] == port:  # dport
+                    skbs += sum(tally[0::3])
+        return {
+            "bcc": probe.about["bcc"],
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "skbs": skbs,
+            "expected": DATAGRAMS,
+            "load_s": round(load_s, 3),
+        }
+    finally:
+        probe.close()
+
+
+if __name__ == "__main__":
+    try:
+        result = count_own_drops()
+    except K8sdiagError as error:
+        sys.exit(str(error))
+    print(json.dumps(result))
+    sys.exit(result["skbs"] != DATAGRAMS)

@@ -1,0 +1,225 @@
+/* Which packets does this machine throw away, whose are they, and where in the kernel?
+ *
+ * Hook:    raw tracepoint kfree_skb; 2, 3 or 4 arguments by kernel (-DKFREE_ARGS, from BTF).
+ * Counts:  every drop in one of two per-CPU hash maps: `flows` with addresses and ports, or, once that has no
+ *          room, `drops`, keyed by what explains a drop. Both exist twice; user space switches and drains.
+ * Cost:    printed by scripts/bench; a netfilter drop whose hook is not told by its route takes a stack.
+ * Blind:   drops that consume_skb() hides (SYN at a full queue), native XDP, NIC rings: counters show those. */
+
+BPF_TABLE("percpu_hash", struct flow_key, struct tally, flows_0, FLOWS);
+BPF_TABLE("percpu_hash", struct flow_key, struct tally, flows_1, FLOWS);
+BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_0, DROPS);
+BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_1, DROPS);
+BPF_RINGBUF_OUTPUT(samples, SAMPLE_PAGES);
+
+INLINE void add(struct tally *to, struct tally *one)
+{
+	/* Atomic, since before 6.1 a softirq that drops may run this program inside itself. */
+	__sync_fetch_and_add(&to->skbs, one->skbs);
+	__sync_fetch_and_add(&to->packets, one->packets);
+	__sync_fetch_and_add(&to->bytes, one->bytes);
+}
+
+INLINE int is_netfilter(u32 reason, u64 location)
+{
+#ifdef REASON_NETFILTER_DROP
+	return reason == REASON_NETFILTER_DROP;
+#else
+#define WITHIN(lo, hi) if (location > lo && location <= hi) return 1;
+	NETFILTER_RANGES(WITHIN)
+	return 0;
+#endif
+}
+
+/* The hook told by the innermost IP function in the stack. */
+INLINE u8 hook_by_stack(void *ctx, struct control *control)
+{
+	struct budget *b = current_budget(control);
+	u64 stack[HOOK_FRAMES] = {};
+	if (!b || b->stacks >= control->stacks) {
+		count_loss(LOSS_HOOKS);
+		return HOOK_UNKNOWN;
+	}
+	b->stacks++;
+	bpf_get_stack(ctx, stack, sizeof(stack), 2); /* without this program and bpf_trace_run() */
+#pragma unroll
+	for (int i = 0; i < HOOK_FRAMES; i++) {
+#define FOUND(lo, hi, hook) if (stack[i] > lo && stack[i] < hi) return hook;
+		HOOK_RANGES(FOUND)
+	}
+	return HOOK_UNKNOWN;
+}
+
+/* The hook a netfilter drop happened at. The route attached to the packet tells it in all cases but three: no
+ * route yet (PRE_ROUTING, or ingress, or bridge), loopback (keeps its route), and in-device equal out-device. */
+INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
+{
+	u64 dst = SKB(skb, u64, _skb_refdst) & ~1ull, dev = SKB(skb, u64, dev), out = 0, input = 0;
+	if (dst) {
+		READ(&out, dst + OFF_dst_entry_dev);
+		READ(&input, dst + OFF_dst_entry_input);
+		if (!dev)
+			return HOOK_LOCAL_OUT;
+		int elsewhere = dev != out;
+		if (elsewhere && (input == SYM_ip_local_deliver || input == SYM_ip6_input))
+			return HOOK_LOCAL_IN;
+		if (elsewhere && (input == SYM_ip_forward || input == SYM_ip6_forward))
+			return HOOK_FORWARD;
+	}
+	return hook_by_stack(ctx, control);
+}
+
+INLINE u8 conntrack_of(u64 nfct)
+{
+	u64 status = 0;
+	if ((nfct & 7) == 7)
+		return CONNTRACK_UNTRACKED;
+	if (!(nfct & ~7ull))
+		return CONNTRACK_NONE;
+#ifdef OFF_nf_conn_status
+	if (!READ(&status, (nfct & ~7ull) + OFF_nf_conn_status))
+		return status & 8 /* IPS_CONFIRMED */ ? CONNTRACK_CONFIRMED : CONNTRACK_NEW;
+#endif
+	return CONNTRACK_UNKNOWN;
+}
+
+INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk)
+{
+	u64 out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
+	if (read_device(key, SKB(skb, u64, dev), NETNS_FROM_DEVICE) || key->family == 0)
+		return;
+	if (read_socket(key, rx_sk) || read_socket(key, SKB(skb, u64, sk)))
+		return;
+	if (dst && !READ(&out, dst + OFF_dst_entry_dev) && read_device(key, out, NETNS_FROM_ROUTE))
+		return;
+#ifdef OFF_nf_conn_ct_net_net
+	if (ct && !READ(&net, ct + OFF_nf_conn_ct_net_net))
+		read_netns(key, net, NETNS_FROM_CONNTRACK);
+#endif
+}
+
+/* Where the headers end, seen from the network header: after the transport header, inside a VXLAN tunnel after
+ * the inner one. Nothing beyond it is ever read. */
+INLINE u32 headers_end(u64 l3, u8 protocol, u32 transport)
+{
+	u8 h[16];
+	u32 inner;
+	if (READ(&h, l3 + transport))
+		return transport;
+	if (protocol == 6)
+		return transport + (h[12] >> 4) * 4;
+	if (protocol != 17 || (be16(h + 2) != 4789 && be16(h + 2) != 8472))
+		return protocol == 17 || protocol == 1 || protocol == 58 ? transport + 8 : transport;
+	inner = transport + 8 + 8 + 14;
+	if (READ(&h, l3 + inner) || h[0] >> 4 != 4)
+		return inner;
+	transport = inner + (h[0] & 15) * 4;
+	protocol = h[9];
+	if (READ(&h, l3 + transport))
+		return transport;
+	return protocol == 6 ? transport + (h[12] >> 4) * 4 : transport + (protocol == 17 || protocol == 1 ? 8 : 0);
+}
+
+INLINE void take_sample(void *ctx, struct flow_key *flow, struct skb_view *skb, struct control *control)
+{
+	struct budget *b = current_budget(control);
+	u64 l3 = SKB(skb, u64, head) + SKB(skb, u16, network_header);
+	u64 end = 0, linear = SKB(skb, u32, tail) - SKB(skb, u16, network_header);
+	u8 h[8] = {}, protocol;
+	if (!b || b->samples >= control->samples) {
+		count_loss(LOSS_SAMPLES);
+		return;
+	}
+	struct sample *s = samples.ringbuf_reserve(sizeof(struct sample));
+	if (!s) {
+		count_loss(LOSS_SAMPLES);
+		return;
+	}
+	b->samples++;
+	__builtin_memset(s, 0, sizeof(*s));
+	__builtin_memcpy(s, flow, sizeof(*flow));
+	s->t_ns = bpf_ktime_get_boot_ns();
+	s->length = SKB(skb, u32, len);
+	if (flow->family && !READ(&h, l3)) {
+		protocol = flow->family == 2 ? flow->protocol : h[6];
+		end = flow->family == 2 ? (h[0] & 15) * 4 : ipv6_transport(l3, &protocol);
+		if (end && !(flow->family == 2 && (be16(h + 6) & 0x1fff)))
+			end = headers_end(l3, protocol, end);
+		if (end > linear)
+			end = linear;
+		asm volatile("" : "+r"(end)); /* or clang compares a copy and the verifier learns nothing */
+		if (end > SAMPLE_BYTES)
+			end = SAMPLE_BYTES;
+		s->captured = end;
+		bpf_probe_read_kernel(s->headers, end, (const void *)l3);
+	}
+	int got = bpf_get_stack(ctx, s->stack, sizeof(s->stack), 0);
+	s->frames = got > 0 ? (u32)got / 8 : 0;
+	samples.ringbuf_submit(s, 0);
+}
+
+int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
+{
+	struct skb_view skb;
+	struct flow_key flow = {};
+	struct tally one = {.skbs = 1, .packets = 1}, *have;
+	u32 zero = 0, segments = 0;
+	u64 rx_sk = 0, at = ctx->args[0];
+	struct control *control_now = control.lookup(&zero);
+	if (!control_now || READ(&skb, at + SKB_AT))
+		return 0;
+	flow.location = ctx->args[1];
+#if KFREE_ARGS >= 3
+	flow.reason = ctx->args[2];
+#endif
+#if KFREE_ARGS >= 4
+	rx_sk = ctx->args[3];
+#endif
+	u16 ethertype = __builtin_bswap16(SKB(&skb, u16, protocol));
+	u64 head = SKB(&skb, u64, head);
+	if (SKB(&skb, u16, network_header))
+		read_flow(&flow, head + SKB(&skb, u16, network_header), ethertype);
+	fill_netns((struct drop_key *)&flow, &skb, rx_sk);
+	if (flow.netns)
+		flow.iif = SKB(&skb, u32, skb_iif);
+	flow.conntrack = conntrack_of(SKB(&skb, u64, _nfct));
+	if (is_netfilter(flow.reason, flow.location))
+		flow.hook = hook_of(ctx, &skb, control_now);
+	/* gso_size and gso_segs stand side by side in skb_shared_info, which follows the linear data. */
+	if (!READ(&segments, head + SKB(&skb, u32, end) + OFF_skb_shared_info_gso_size) && segments >> 16)
+		one.packets = segments >> 16;
+	one.bytes = SKB(&skb, u32, len);
+
+	u32 side = control_now->side;
+	have = side ? flows_1.lookup(&flow) : flows_0.lookup(&flow);
+	if (have) {
+		add(have, &one);
+		return 0;
+	}
+	struct budget *b = current_budget(control_now);
+	if (b && !b->flows_full) {
+		if (!(side ? flows_1.insert(&flow, &one) : flows_0.insert(&flow, &one))) {
+			take_sample(ctx, &flow, &skb, control_now);
+			return 0;
+		}
+		have = side ? flows_1.lookup(&flow) : flows_0.lookup(&flow);
+		if (have) { /* another CPU was first */
+			add(have, &one);
+			return 0;
+		}
+		b->flows_full = 1;
+	}
+	/* A drop_key is the beginning of a flow_key. */
+	struct drop_key *key = (struct drop_key *)&flow;
+	have = side ? drops_1.lookup(key) : drops_0.lookup(key);
+	if (!have) {
+		if (!(side ? drops_1.insert(key, &one) : drops_0.insert(key, &one)))
+			return 0;
+		have = side ? drops_1.lookup(key) : drops_0.lookup(key);
+	}
+	if (have)
+		add(have, &one);
+	else
+		count_loss(LOSS_KEYS);
+	return 0;
+}
