@@ -1,0 +1,68 @@
+"""What an entry of the catalogue consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from k8sdiag.facts import Confidence
+from k8sdiag.snapshot import DropRow, Fix, RuledOut, Severity
+
+
+class Drop(NamedTuple):
+    """What a rule may look at of a drop. Names are this kernel's own; empty where it does not tell."""
+
+    reason: str
+    location: str
+    hook: str
+    conntrack: str
+    family: int
+    protocol: int
+    src: str
+    dst: str
+    sport: int
+    dport: int
+
+
+class Window(NamedTuple):
+    """What the rules judge: the attributed drops of so many seconds."""
+
+    seconds: float
+    drops: Sequence[DropRow]
+
+
+class Severities(NamedTuple):
+    """Rates (packets per second over the window) from which a finding is more than an information.
+
+    None: never. A single packet proves nothing: `at_least` packets must have been dropped too.
+    """
+
+    warning_pps: float | None
+    critical_pps: float | None
+    at_least: int
+
+    def judge(self, packets: int, seconds: float) -> Severity:
+        pps = packets / max(seconds, 1e-9)
+        if packets < self.at_least:
+            return "info"
+        if self.critical_pps is not None and pps >= self.critical_pps:
+            return "critical"
+        return "warning" if self.warning_pps is not None and pps >= self.warning_pps else "info"
+
+
+class Cause(NamedTuple):
+    """An entry of the catalogue."""
+
+    slug: str
+    title: str
+    """What happened, in words that fit behind "namespace: "."""
+    severities: Severities
+    claims: Callable[[Drop], bool]
+    feels: str
+    """What the user of the pod notices."""
+    proof: str
+    """How this tool knows."""
+    ruled_out: tuple[RuledOut, ...]
+    """Look-alikes, and what tells them apart; holds for every finding of this cause."""
+    fix: Callable[[Sequence[DropRow]], tuple[Fix, ...]]
+    confidence: Confidence = "proven"

@@ -1,0 +1,79 @@
+"""Causes 11 to 18: somebody decided that the packet shall not pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from k8sdiag.causes.cause import Cause, Drop, Severities
+from k8sdiag.snapshot import DropRow, Fix, RuledOut
+
+_TC_LOCATIONS = frozenset(("sch_handle_ingress", "sch_handle_egress"))
+_NETFILTER_LOCATIONS = frozenset(("nf_hook_slow", "nf_hook_slow_list", "nft_do_chain"))
+
+
+def _is_netfilter(drop: Drop) -> bool:
+    return drop.reason == "NETFILTER_DROP" or (not drop.reason and drop.location in _NETFILTER_LOCATIONS)
+
+
+def _is_tc(drop: Drop) -> bool:
+    return drop.reason in ("TC_INGRESS", "TC_EGRESS") or (not drop.reason and drop.location in _TC_LOCATIONS)
+
+
+def _netfilter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
+    where = f"network namespace {rows[0].netns}"
+    if any(row.location == "nft_do_chain" for row in rows):
+        command = "nft -a list ruleset | grep -n -B3 -A3 -E 'drop|reject'"
+    else:
+        command = "iptables-legacy-save -c | grep -E 'DROP|REJECT|:'; nft -a list ruleset | grep -nE 'drop|reject'"
+    return (
+        Fix(
+            "find the rule, then allow the flow or accept that it is refused",
+            command,
+            where,
+            "a filter rule or a chain's policy dropped these packets",
+            "none: this only lists rules",
+            "nothing to undo",
+        ),
+    )
+
+
+def _tc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
+    devices = sorted({row.device for row in rows if row.device}) or ["DEVICE"]
+    command = "; ".join(
+        f"tc filter show dev {device} ingress; tc filter show dev {device} egress" for device in devices[:3]
+    )
+    return (
+        Fix(
+            "look at the classifier that drops; with Cilium, ask its own monitor",
+            command + "; cilium-dbg monitor --type drop",
+            f"network namespace {rows[0].netns}",
+            "a tc or BPF program returned TC_ACT_SHOT",
+            "none: this only lists filters",
+            "nothing to undo",
+        ),
+    )
+
+
+CAUSES = (
+    Cause(
+        slug="networkpolicy-drop",
+        title="a firewall rule or NetworkPolicy drops packets",
+        severities=Severities(5.0, None, 20),
+        claims=_is_netfilter,
+        feels="Connections time out (DROP) or are refused at once (REJECT), always and only for what the rule names.",
+        proof="The netfilter verdict was DROP; nft_do_chain as the place proves a rule, the hook tells which chains.",
+        ruled_out=(RuledOut("tc-bpf-drop", "the kernel's reason is netfilter, not tc"),),
+        fix=_netfilter_fix,
+        confidence="likely",
+    ),
+    Cause(
+        slug="tc-bpf-drop",
+        title="a tc or BPF classifier drops packets",
+        severities=Severities(5.0, None, 20),
+        claims=_is_tc,
+        feels="As with a firewall rule: what it does not like times out.",
+        proof="Drop reason TC_INGRESS or TC_EGRESS on the named device.",
+        ruled_out=(RuledOut("networkpolicy-drop", "no netfilter hook was reached"),),
+        fix=_tc_fix,
+    ),
+)

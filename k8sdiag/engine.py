@@ -1,0 +1,327 @@
+"""Folds facts into a Snapshot: whose are the drops (identity), how many (accounting), and why (causes).
+
+Pure: no clock but that of the facts, no I/O. The same batches give the same Snapshots, live or from a file.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from k8sdiag import causes
+from k8sdiag.facts import KEYS_IN_USE, Capability, Clock, Cost, DropKey, Drops, Lost, Node, Reason, Sample, Symbol
+from k8sdiag.identity import Attribution, Identity
+from k8sdiag.snapshot import (
+    CauseCount,
+    DropCount,
+    DropRow,
+    NamespaceRow,
+    Owner,
+    OwnerRow,
+    Snapshot,
+)
+from k8sdiag.source import Batch
+
+ROW_LIMIT = 500
+RATE_NS = 5 * 10**9
+"""Rates are those of the last five seconds: long enough not to flicker, short enough to see a change."""
+SAMPLES_KEPT = 1000
+
+_FAMILIES: dict[int, Literal["ipv4", "ipv6"]] = {2: "ipv4", 10: "ipv6"}
+_PROTOCOLS = {1: "icmp", 2: "igmp", 4: "ipip", 6: "tcp", 17: "udp", 41: "ipv6", 47: "gre", 50: "esp",
+              58: "icmpv6", 132: "sctp"}  # fmt: skip
+
+
+class _Count:
+    """Mutable sums of one line of drops."""
+
+    __slots__ = ("bytes", "packets", "skbs")
+
+    def __init__(self) -> None:
+        self.skbs = self.packets = self.bytes = 0
+
+    def add(self, skbs: int, packets: int, length: int) -> None:
+        self.skbs += skbs
+        self.packets += packets
+        self.bytes += length
+
+
+class Engine:
+    """Takes batches, keeps a window, gives Snapshots.
+
+    `window_s` None keeps everything since the first batch; else what is older than that leaves again. `ignored`
+    marks findings as expected; `keep` narrows everything to the rows it wants.
+    """
+
+    def __init__(
+        self,
+        window_s: float | None = None,
+        row_limit: int = ROW_LIMIT,
+        ignored: Callable[[str, Owner], bool] = lambda _slug, _owner: False,
+        keep: Callable[[DropRow], bool] | None = None,
+    ) -> None:
+        self.identity = Identity()
+        self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
+        self._window_ns = None if window_s is None else round(window_s * 1e9)
+        self._row_limit = row_limit
+        self._ignored = ignored
+        self._keep = keep
+        self._first_t_ns: int | None = None
+        self._t_ns = 0
+        self._clock = Clock(0)
+        self._node: Node | None = None
+        self._lost = Lost()
+        self._cost: Cost | None = None
+        self._capabilities: dict[str, Capability] = {}
+        self._reasons: dict[int, str] = {}
+        self._symbols: dict[int, str] = {}
+        self._keys: dict[int, DropKey] = {}
+        self._attributions: dict[tuple[int, int], Attribution] = {}
+        self._counts: dict[tuple[DropKey, Attribution], _Count] = {}
+        self._ticks: deque[tuple[int, list[tuple[tuple[DropKey, Attribution], int, int, int]]]] = deque()
+
+    def fold(self, batch: Batch) -> None:
+        """Take in one batch."""
+        if self._first_t_ns is None:
+            self._first_t_ns = batch.t_ns
+        self._t_ns = batch.t_ns
+        for fact in batch.facts:
+            match fact:
+                case Drops():
+                    self._count(fact, batch.t_ns)
+                case DropKey():
+                    self._keys[fact.id] = fact
+                case Reason():
+                    self._reasons[fact.number] = fact.name
+                case Symbol():
+                    self._symbols[fact.address] = fact.name
+                case Sample():
+                    self.samples.append(fact)
+                case Lost():
+                    self._lost = fact
+                case Cost():
+                    self._cost = fact
+                case Capability():
+                    self._capabilities[fact.signal] = fact
+                case Clock():
+                    self._clock = fact
+                case _:
+                    if isinstance(fact, Node):
+                        self._node = fact
+                    self.identity.fold(fact)
+        self.identity.forget(batch.t_ns)
+        self._expire()
+
+    def _count(self, drops: Drops, t_ns: int) -> None:
+        tick = []
+        for key_id, skbs, packets, length in zip(drops.key, drops.skbs, drops.packets, drops.bytes, strict=True):
+            key = self._keys[key_id]
+            entry = key, self._attribute(key, t_ns)
+            self._counts.setdefault(entry, _Count()).add(skbs, packets, length)
+            tick.append((entry, skbs, packets, length))
+        self._ticks.append((t_ns, tick))
+
+    def _attribute(self, key: DropKey, t_ns: int) -> Attribution:
+        at = key.id, self.identity.version
+        known = self._attributions.get(at)
+        if known is None:
+            if len(self._attributions) > KEYS_IN_USE:
+                self._attributions.clear()
+            known = self._attributions[at] = self.identity.attribute(key, t_ns)
+        return known
+
+    def _expire(self) -> None:
+        """Let go of ticks that left the window, and of keys that no source uses any more."""
+        if len(self._keys) > 2 * KEYS_IN_USE:
+            oldest = max(self._keys) - KEYS_IN_USE
+            self._keys = {key_id: key for key_id, key in self._keys.items() if key_id > oldest}
+        if self._window_ns is None:
+            # Ticks are only needed for rates then.
+            while self._ticks and self._ticks[0][0] <= self._t_ns - RATE_NS:
+                self._ticks.popleft()
+            return
+        while self._ticks and self._ticks[0][0] <= self._t_ns - self._window_ns:
+            for entry, skbs, packets, length in self._ticks.popleft()[1]:
+                count = self._counts[entry]
+                count.add(-skbs, -packets, -length)
+                if not count.skbs:
+                    del self._counts[entry]
+
+    def _seconds(self) -> float:
+        since = self._first_t_ns if self._first_t_ns is not None else self._t_ns
+        watched_ns = self._t_ns - since
+        return (watched_ns if self._window_ns is None else min(watched_ns, self._window_ns)) / 1e9
+
+    def snapshot(self) -> Snapshot:
+        """The state after the last batch."""
+        rows = self._rows()
+        window = causes.Window(self._seconds(), rows)
+        return Snapshot(
+            t_ns=self._t_ns,
+            window_s=window.seconds,
+            boot_to_wall_ns=self._clock.boot_to_wall_ns,
+            node=self._node,
+            findings=tuple(causes.findings(window, self._ignored)),
+            namespaces=_namespaces(rows),
+            owners=_owners(rows),
+            drops=tuple(_fold_rest(rows, self._row_limit)),
+            total=_drop_count(rows),
+            skbs=sum(row.skbs for row in rows),
+            rate_pps=sum(row.rate_pps for row in rows if not row.benign),
+            lost=self._lost,
+            cost=self._cost,
+            capabilities=tuple(self._capabilities.values()),
+        )
+
+    def _rows(self) -> list[DropRow]:
+        """All lines of the window, largest first; flows that differ in their source port only are one line."""
+        recent: dict[tuple[DropKey, Attribution], int] = {}
+        oldest_ns = self._t_ns - RATE_NS
+        for t_ns, tick in self._ticks:
+            if t_ns > oldest_ns:
+                for entry, _, packets, _ in tick:
+                    recent[entry] = recent.get(entry, 0) + packets
+        rate_s = max(min(self._seconds(), RATE_NS / 1e9), 1e-9)
+        lines: dict[tuple[object, ...], _Line] = {}
+        for entry, count in self._counts.items():
+            key, attribution = entry
+            ident = (
+                key.reason, self._symbol(key), key.hook, key.conntrack, key.family, key.protocol, key.netns,
+                key.netns_cookie, key.src, key.dst, key.dport, key.folded, attribution,
+            )  # fmt: skip
+            line = lines.get(ident)
+            if line is None:
+                line = lines[ident] = _Line(key, attribution)
+            line.count.add(count.skbs, count.packets, count.bytes)
+            line.recent += recent.get(entry, 0)
+            line.ports.add(key.sport)
+        rows = [self._row(line, rate_s) for line in lines.values()]
+        if self._keep:
+            rows = [row for row in rows if self._keep(row)]
+        return sorted(rows, key=_rank)
+
+    def _symbol(self, key: DropKey) -> str:
+        return self._symbols.get(key.location, f"{key.location:#x}")
+
+    def _reason(self, number: int) -> str:
+        if number in self._reasons:
+            return self._reasons[number]
+        if number >> 16:
+            return f"subsys:{number >> 16}/code:{number & 0xFFFF}"
+        return str(number) if number else ""
+
+    def _row(self, line: _Line, rate_s: float) -> DropRow:
+        key, attribution, count = line.key, line.attribution, line.count
+        drop = causes.Drop(
+            self._reason(key.reason), self._symbol(key), key.hook, key.conntrack, key.family, key.protocol,
+            key.src, key.dst, key.sport, key.dport,
+        )  # fmt: skip
+        cause = causes.cause_of(drop)
+        return DropRow(
+            reason=drop.reason,
+            location=drop.location,
+            hook=key.hook or None,
+            cause=cause,
+            benign=cause == causes.BENIGN,
+            owner=attribution.owner,
+            peer=attribution.peer,
+            service=None,
+            direction=attribution.direction,
+            family=_FAMILIES.get(key.family),
+            protocol=_PROTOCOLS.get(key.protocol, str(key.protocol)) if key.family else None,
+            src=key.src or None,
+            dst=key.dst or None,
+            sport=key.sport if len(line.ports) == 1 and key.sport else None,
+            dport=key.dport or None,
+            reply=None,
+            conntrack=key.conntrack.lower() or None,
+            device=attribution.device,
+            netns=key.netns,
+            skbs=count.skbs,
+            packets=count.packets,
+            bytes=count.bytes,
+            flows=None if key.folded else len(line.ports),
+            rate_pps=line.recent / rate_s,
+        )
+
+
+class _Line:
+    __slots__ = ("attribution", "count", "key", "ports", "recent")
+
+    def __init__(self, key: DropKey, attribution: Attribution) -> None:
+        self.key = key
+        self.attribution = attribution
+        self.count = _Count()
+        self.recent = 0
+        self.ports: set[int] = set()
+
+
+def _rank(row: DropRow) -> tuple[object, ...]:
+    place = row.owner.label, row.reason, row.location, row.dst or "", row.dport or 0, row.src or ""
+    return row.benign, -row.packets, *place
+
+
+def _drop_count(rows: list[DropRow]) -> DropCount:
+    return DropCount(sum(row.packets for row in rows if not row.benign), sum(row.packets for row in rows if row.benign))
+
+
+def _cause_counts(rows: list[DropRow]) -> tuple[CauseCount, ...]:
+    by_cause: dict[str, list[DropRow]] = {}
+    for row in rows:
+        if not row.benign:
+            by_cause.setdefault(row.cause, []).append(row)
+    counts = [
+        CauseCount(
+            cause,
+            sum(row.packets for row in group),
+            None if any(row.flows is None for row in group) else sum(row.flows or 0 for row in group),
+        )
+        for cause, group in by_cause.items()
+    ]
+    return tuple(sorted(counts, key=lambda count: (-count.packets, count.cause)))
+
+
+def _owners(rows: list[DropRow]) -> tuple[OwnerRow, ...]:
+    groups: dict[tuple[str, str | None, str, str | None], list[DropRow]] = {}
+    for row in rows:
+        groups.setdefault(row.owner.identity, []).append(row)
+    found = [
+        OwnerRow(
+            group[0].owner,
+            _drop_count(group),
+            sum(row.rate_pps for row in group if not row.benign),
+            _cause_counts(group),
+        )
+        for group in groups.values()
+    ]
+    return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.owner.label)))
+
+
+def _namespaces(rows: list[DropRow]) -> tuple[NamespaceRow, ...]:
+    groups: dict[str | None, list[DropRow]] = {}
+    for row in rows:
+        groups.setdefault(row.owner.namespace, []).append(row)
+    found = [NamespaceRow(name, _drop_count(group), _cause_counts(group)) for name, group in groups.items()]
+    return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.namespace or "")))
+
+
+def _fold_rest(rows: list[DropRow], limit: int) -> list[DropRow]:
+    """The first rows, and what is beyond the limit as one `__other__` row per owner and cause."""
+    if len(rows) <= limit:
+        return rows
+    rest: dict[tuple[object, ...], DropRow] = {}
+    for row in rows[limit:]:
+        ident = row.owner.identity, row.cause
+        sums = rest.get(ident)
+        rest[ident] = DropRow(
+            reason="__other__", location="__other__", hook=None, cause=row.cause, benign=row.benign,
+            owner=row.owner, peer=None, service=None, direction="", family=None, protocol=None, src=None, dst=None,
+            sport=None, dport=None, reply=None, conntrack=None, device=None, netns=0,
+            skbs=row.skbs + (sums.skbs if sums else 0),
+            packets=row.packets + (sums.packets if sums else 0),
+            bytes=row.bytes + (sums.bytes if sums else 0),
+            flows=None,
+            rate_pps=row.rate_pps + (sums.rate_pps if sums else 0),
+        )  # fmt: skip
+    return rows[:limit] + list(rest.values())

@@ -1,0 +1,165 @@
+"""What the engine knows at one moment, frozen: the one thing that every face (screen, report, JSON) reads.
+
+Field names are those of the public JSON. None means "not measured", 0 means "measured, and there were none".
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from k8sdiag.facts import Capability, Confidence, Cost, How, Lost, Node, OwnerKind
+
+Severity: TypeAlias = Literal["critical", "warning", "info"]
+Direction: TypeAlias = Literal["in", "out", "local", "forward", ""]
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Who a packet, a device or a socket belongs to, and how that is known."""
+
+    kind: OwnerKind
+    name: str
+    namespace: str | None = None
+    workload: str | None = None
+    uid: str | None = None
+    how: How = "none"
+    confidence: Confidence = "possible"
+
+    @property
+    def label(self) -> str:
+        """namespace/name for pods, else the name with its kind where that says more."""
+        if self.namespace:
+            return f"{self.namespace}/{self.name}"
+        return self.name if self.kind in ("netns", "host", "external") else f"{self.kind}:{self.name}"
+
+    @property
+    def identity(self) -> tuple[str, str | None, str, str | None]:
+        """What makes it the same owner, however it was found."""
+        return self.kind, self.namespace, self.name, self.uid
+
+
+class DropRow(msgspec.Struct, frozen=True):
+    """Drops in the window that have everything but the source port in common."""
+
+    reason: str
+    """Name of enum skb_drop_reason, or "" before 5.17."""
+    location: str
+    """Kernel function."""
+    hook: str | None
+    cause: str
+    """Slug of the catalogue."""
+    benign: bool
+    owner: Owner
+    peer: Owner | None
+    service: str | None
+    direction: Direction
+    family: Literal["ipv4", "ipv6"] | None
+    protocol: str | None
+    src: str | None
+    dst: str | None
+    sport: int | None
+    dport: int | None
+    reply: None
+    """The reply tuple of a translated connection; not measured yet."""
+    conntrack: str | None
+    """untracked, new, confirmed, unknown; None for none."""
+    device: str | None
+    netns: int
+    skbs: int
+    packets: int
+    bytes: int
+    flows: int | None
+    """Distinct 5-tuples; None where they were folded for want of room."""
+    rate_pps: float
+    """Packets per second over the last seconds."""
+
+
+class DropCount(msgspec.Struct, frozen=True):
+    packets: int
+    benign_packets: int
+
+
+class OwnerRow(msgspec.Struct, frozen=True):
+    owner: Owner
+    drops: DropCount
+    rate_pps: float
+    causes: tuple[CauseCount, ...]
+    conntrack: None = None
+    tcp: None = None
+    encap: None = None
+
+
+class CauseCount(msgspec.Struct, frozen=True):
+    cause: str
+    packets: int
+    connections: int | None
+
+
+class NamespaceRow(msgspec.Struct, frozen=True):
+    """Drops of a Kubernetes namespace; `namespace` is None for all owners that are in none."""
+
+    namespace: str | None
+    drops: DropCount
+    causes: tuple[CauseCount, ...]
+    tcp: None = None
+    encap: None = None
+
+
+class Evidence(msgspec.Struct, frozen=True):
+    name: str
+    value: float | str
+    unit: str
+    source: str
+
+
+class Fix(msgspec.Struct, frozen=True):
+    action: str
+    command: str
+    scope: str
+    why: str
+    risk: str
+    undo: str
+
+
+class RuledOut(msgspec.Struct, frozen=True):
+    cause: str
+    because: str
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One explained trouble of one namespace (or of one owner outside Kubernetes)."""
+
+    cause: str
+    severity: Severity
+    confidence: Confidence
+    ignored: bool
+    title: str
+    victims: tuple[Owner, ...]
+    culprits: tuple[Owner, ...]
+    packets: int
+    connections: int | None
+    evidence: tuple[Evidence, ...]
+    fix: tuple[Fix, ...]
+    ruled_out: tuple[RuledOut, ...]
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """State at `t_ns` of what happened in the last `window_s` seconds."""
+
+    t_ns: int
+    window_s: float
+    boot_to_wall_ns: int
+    node: Node | None
+    findings: tuple[Finding, ...]
+    namespaces: tuple[NamespaceRow, ...]
+    owners: tuple[OwnerRow, ...]
+    drops: tuple[DropRow, ...]
+    """The top rows; those beyond the limit are folded into one `__other__` row per owner and cause."""
+    total: DropCount
+    skbs: int
+    """All drops of the window, benign ones included: equals the kernel's own count."""
+    rate_pps: float
+    lost: Lost
+    cost: Cost | None
+    capabilities: tuple[Capability, ...]
