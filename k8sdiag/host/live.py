@@ -1,0 +1,138 @@
+"""The live node as a source of batches: one loop that asks every sensor once a tick."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from k8sdiag import __version__
+from k8sdiag.errors import NotPermitted
+from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
+from k8sdiag.host.inventory import Inventory
+from k8sdiag.host.sensors.drops import DropSensor
+from k8sdiag.host.sensors.unseen import Unseen
+from k8sdiag.host.symbols import KernelSymbols
+from k8sdiag.source import Batch
+
+CLOCK_STEP_NS = 100_000_000
+"""A change of the offset between wall clock and boot time beyond this is a step, and said again."""
+
+
+class LiveSource:
+    """This machine, from the moment the probes are attached until close() or the end of `duration_s`.
+
+    Its first batch (t = attach) names the node; each further batch is a tick. Raises the errors of host.bpf when
+    the probe cannot be loaded.
+    """
+
+    def __init__(
+        self, interval_s: float = 1.0, duration_s: float | None = None, samples_per_s: int = 50,
+        root: Path = Path("/"),
+    ) -> None:  # fmt: skip
+        self._interval_s = interval_s
+        self._duration_s = duration_s
+        self._closing = threading.Event()
+        self._symbols = KernelSymbols()
+        self._drops = DropSensor(self._symbols, samples_per_s)
+        self._clock_ns = 0
+        self._root = root
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield self._begin()
+            begin_s = time.monotonic()
+            tick = 0
+            last = False
+            while not last:
+                tick += 1
+                due_s = begin_s + tick * self._interval_s
+                if self._duration_s is not None:
+                    end_s = begin_s + self._duration_s
+                    last = due_s >= end_s - 0.001
+                    due_s = min(due_s, end_s)
+                last = self._closing.wait(max(0.0, due_s - time.monotonic())) or last
+                yield self._tick(last)
+        finally:
+            self._drops.stop()
+
+    def close(self) -> None:
+        """End the iteration after one last read; from any thread."""
+        self._closing.set()
+
+    def _begin(self) -> Batch:
+        named = self._drops.start()
+        t_ns = _boottime_ns()
+        inventory = self._inventory = Inventory(self._root)
+        who = list(inventory.facts(t_ns))
+        self._unseen = Unseen(inventory, self._drops.reason_name, self._symbols.name)
+        self._unseen.start()
+        return Batch(t_ns, (node_fact(inventory), *self._clock(), *named, *who))
+
+    def _tick(self, last: bool) -> Batch:
+        self._unseen.before(everything=last)
+        counted = self._drops.read(last=last)
+        missed = self._unseen.after(counted)
+        t_ns = _boottime_ns()
+        strange = {
+            fact.netns
+            for fact in counted
+            if isinstance(fact, DropKey)
+            and fact.netns
+            and not self._inventory.knows(fact.netns, fact.netns_cookie, fact.ifindex)
+        }
+        self._inventory.suspect(strange)
+        who = list(self._inventory.facts(t_ns))
+        return Batch(t_ns, (*self._clock(), *who, *counted, self._lost(missed), self._cost()))
+
+    def _clock(self) -> Iterator[Clock]:
+        now_ns = time.time_ns() - _boottime_ns()
+        if abs(now_ns - self._clock_ns) > CLOCK_STEP_NS:
+            self._clock_ns = now_ns
+            yield Clock(now_ns)
+
+    def _lost(self, missed: int) -> Lost:
+        losses, runs = self._drops.losses(), self._drops.runs()
+        # A drop that interrupted the program may also be missing from a counter's namesake: not both are added.
+        return Lost(max(runs.misses, missed), losses.keys, losses.samples, losses.hooks)
+
+    def _cost(self) -> Cost:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        runs = self._drops.runs()
+        return Cost(
+            cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
+            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            map_bytes=self._drops.map_bytes,
+            bpf_runs=runs.runs or None,
+            bpf_ns=runs.run_ns or None,
+        )
+
+
+def node_fact(inventory: Inventory) -> Node:
+    """This machine."""
+    return Node(
+        platform.node(), platform.release(), inventory.host_inode,
+        architecture=platform.machine(), tool=__version__,
+    )  # fmt: skip
+
+
+def require_permission() -> None:
+    """Raises NotPermitted unless this process may load BPF programs and look into other namespaces."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    has = {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
+    if not has["CAP_SYS_ADMIN"]:
+        raise NotPermitted("missing " + ", ".join(name for name, there in has.items() if not there))
+
+
+# include/uapi/linux/capability.h. CAP_SYS_ADMIN is needed for setns(2); it includes what CAP_BPF and CAP_PERFMON allow.
+_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
+
+
+def _boottime_ns() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

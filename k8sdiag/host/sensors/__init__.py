@@ -1,0 +1,1 @@
+"""Readers of one kind of number each: probes' maps, and counters of the kernel."""

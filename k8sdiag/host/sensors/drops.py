@@ -1,0 +1,232 @@
+"""Every packet the kernel drops, from probes/drops.c: exact sums, a few samples, and what was lost."""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, Reason, Sample, Symbol
+from k8sdiag.host import wire
+from k8sdiag.host.bpf import BpfMap, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
+from k8sdiag.host.symbols import KernelSymbols
+
+SAMPLE_PAGES = 32
+STACKS_PER_TURN = 5000
+"""Per CPU and tick: at 3 µs each, 1.5 % of a CPU."""
+FLOWS_MAX, FLOWS_MIN, DROPS_ENTRIES = 8192, 1024, 4096
+MAP_BYTES_MAX = 16 << 20
+"""The flow maps shrink where many possible CPUs would make them bigger than this."""
+FLOWS_PER_TICK = 2000
+"""Flows passed on with their addresses per tick, largest first; the rest goes under what explains them."""
+KEYS_REMEMBERED = 50_000
+
+_EXPLAINS = wire.DROP_KEY.size
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+_FAMILIES = (wire.Family.IPV4, wire.Family.IPV6)
+
+
+class Losses(NamedTuple):
+    """Since attaching. See wire.Loss."""
+
+    keys: int
+    samples: int
+    hooks: int
+
+
+class DropSensor:
+    """Owns the drop probe. start() attaches it, read() gives what was counted since the last read."""
+
+    def __init__(self, symbols: KernelSymbols, samples_per_s: int = 50) -> None:
+        self._symbols = symbols
+        self._samples = samples_per_s
+        self._cpus = possible_cpus()
+        self._flows = max(FLOWS_MIN, min(FLOWS_MAX, MAP_BYTES_MAX // (wire.TALLY.size * self._cpus)))
+        self._turn = 0
+        self._ids: dict[bytes, int] = {}
+        self._next_id = 1
+        self._named: set[int] = set()
+        self._probe: Probe | None = None
+        self._sums = struct.Struct("<" + "QQQ" * self._cpus)
+
+    def start(self) -> list[AnyFact]:
+        """Load and attach. Returns what this kernel calls things. Raises the errors of host.bpf."""
+        defines = {"FLOWS": self._flows, "DROPS": DROPS_ENTRIES, "SAMPLE_PAGES": SAMPLE_PAGES}
+        probe = self._probe = Probe("drops", self._symbols, defines)
+        tally = wire.TALLY.size
+        fds = probe.map_fds
+        self._pairs = [
+            (BpfMap(fds[f"flows_{side}"], wire.FLOW_KEY.size, tally, self._cpus),
+             BpfMap(fds[f"drops_{side}"], wire.DROP_KEY.size, tally, self._cpus))
+            for side in (0, 1)
+        ]  # fmt: skip
+        self._control = BpfMap(fds["control"], 4, wire.CONTROL.size)
+        self._losses = BpfMap(fds["losses"], 4, 8, self._cpus)
+        self._ring = RingBuffer(fds["samples"], SAMPLE_PAGES * mmap.PAGESIZE)
+        self._grace = GracePeriod()
+        self._switch()
+        probe.attach("kfree_skb")
+        return [
+            *(Reason(int(number), name) for number, name in probe.about["reasons"].items()),
+            *self._capabilities(),
+        ]
+
+    def _capabilities(self) -> Iterator[Capability]:
+        assert self._probe is not None
+        about = self._probe.about
+        hook = f"raw_tracepoint:kfree_skb ({about['arguments']} arguments)"
+        if about["arguments"] < 3:
+            yield Capability("drops", "inferred", hook, "this kernel gives no drop reasons: told by function names")
+        else:
+            yield Capability("drops", "full", hook)
+        if self._symbols.hidden:
+            why = ("kernel.kptr_restrict hides addresses: functions are shown as numbers, hooks stay UNKNOWN; "
+                   "sysctl -w kernel.kptr_restrict=1")  # fmt: skip
+            yield Capability("symbols", "missing", "/proc/kallsyms", why)
+        else:
+            yield Capability("symbols", "full", "/proc/kallsyms")
+        if not about["conntrack_status"]:
+            why = "no type information of nf_conntrack (module not loaded): new and confirmed cannot be told apart"
+            yield Capability("conntrack-state", "missing", "nf_conn.status", why)
+        else:
+            yield Capability("conntrack-state", "full", "nf_conn.status")
+
+    @property
+    def map_bytes(self) -> int:
+        """Kernel memory of the counting maps: keys and a value per possible CPU, without the kernel's own links."""
+        value = wire.TALLY.size * self._cpus
+        return 2 * (self._flows * (wire.FLOW_KEY.size + value) + DROPS_ENTRIES * (wire.DROP_KEY.size + value))
+
+    def runs(self) -> ProgramRuns:
+        assert self._probe is not None
+        return self._probe.runs()
+
+    def losses(self) -> Losses:
+        def total(which: wire.Loss) -> int:
+            value = self._losses.lookup(struct.pack("<I", which))
+            return sum(count for (count,) in struct.iter_unpack("<Q", value))
+
+        return Losses(total(wire.Loss.KEYS), total(wire.Loss.SAMPLES), total(wire.Loss.HOOKS))
+
+    def reason_name(self, number: int) -> str:
+        """What this kernel calls a drop reason, without its SKB_DROP_REASON_; empty where it has none."""
+        assert self._probe is not None
+        return str(self._probe.about["reasons"].get(str(number), ""))
+
+    def read(self, *, last: bool = False) -> list[AnyFact]:
+        """Facts of what was dropped since the last read: new keys and names first, then one Drops, then samples.
+
+        The last read ends the counting first.
+        """
+        if last and self._probe is not None:
+            self._probe.detach()
+        idle = self._pairs[self._switch()]
+        self._grace.wait()
+        sums = self._drain(*idle)
+        facts: list[AnyFact] = []
+        if len(self._ids) > KEYS_REMEMBERED:
+            self._ids.clear()
+        columns: list[tuple[int, int, int, int]] = []
+        for key, (skbs, packets, length) in sums.items():
+            columns.append((self._id(key, facts), skbs, packets, length))
+        if columns:
+            facts.append(Drops(*zip(*columns, strict=True)))
+        for record in self._ring.read():
+            facts.append(self._sample(record, facts))
+        return facts
+
+    def _switch(self) -> int:
+        """Let the program write to the other maps. Returns the side that it no longer writes to."""
+        self._turn += 1
+        side = self._turn & 1
+        self._control.update(
+            bytes(4), wire.CONTROL.codec.pack(side, self._turn, self._samples // self._cpus + 1, STACKS_PER_TURN)
+        )
+        return 1 - side
+
+    def _drain(self, flows: BpfMap, drops: BpfMap) -> dict[bytes, tuple[int, int, int]]:
+        """Sums over CPUs by key: flow keys, and drop keys for what had no room or is beyond the limit."""
+        unpack = self._sums.iter_unpack
+        found: list[tuple[int, bytes, tuple[int, ...]]] = []
+        size = wire.FLOW_KEY.size
+        for keys, values in flows.drain():
+            found += [
+                (sum(value[1::3]), keys[i * size : (i + 1) * size], value) for i, value in enumerate(unpack(values))
+            ]
+        found.sort(key=lambda item: (-item[0], item[1]))
+        sums = {key: (sum(value[0::3]), packets, sum(value[2::3])) for packets, key, value in found[:FLOWS_PER_TICK]}
+        rest = [(key[:_EXPLAINS], value) for _, key, value in found[FLOWS_PER_TICK:]]
+        for keys, values in drops.drain():
+            rest += [(keys[i * _EXPLAINS : (i + 1) * _EXPLAINS], value) for i, value in enumerate(unpack(values))]
+        for key, value in rest:
+            skbs, packets, length = sums.get(key, (0, 0, 0))
+            sums[key] = skbs + sum(value[0::3]), packets + sum(value[1::3]), length + sum(value[2::3])
+        return sums
+
+    def _id(self, key: bytes, facts: list[AnyFact]) -> int:
+        known = self._ids.get(key)
+        if known is None:
+            known = self._ids[key] = self._next_id
+            self._next_id += 1
+            fact = _drop_key(known, key)
+            facts.append(fact)
+            self._name(fact.location, facts)
+        return known
+
+    def _name(self, address: int, facts: list[AnyFact]) -> None:
+        if address not in self._named:
+            self._named.add(address)
+            facts.append(Symbol(address, self._symbols.name(address)))
+
+    def _sample(self, record: bytes, facts: list[AnyFact]) -> Sample:
+        fields = wire.SAMPLE.codec.unpack_from(record)
+        t_ns, length, captured, frames = fields[-(wire.STACK_DEPTH + 5) : -(wire.STACK_DEPTH + 1)]
+        stack = fields[-(wire.STACK_DEPTH + 1) : -1][:frames]
+        for address in stack:
+            self._name(address, facts)
+        return Sample(self._id(record[: wire.FLOW_KEY.size], facts), t_ns, length, fields[-1][:captured].hex(), stack)
+
+    def stop(self) -> None:
+        """Detach and let go of everything; safe to call twice."""
+        if self._probe is not None:
+            self._probe.detach()
+            self._ring.close()
+            self._grace.close()
+            self._probe.close()
+            self._probe = None
+
+
+def _drop_key(number: int, key: bytes) -> DropKey:
+    """The fact behind a flow key, or behind a drop key, which is its beginning."""
+    folded = len(key) == _EXPLAINS
+    fields = (wire.DROP_KEY if folded else wire.FLOW_KEY).codec.unpack(key)
+    cookie, location, netns, ifindex, reason, hook, conntrack, family, protocol, netns_from = fields[:10]
+    src, dst, sport, dport, iif = (b"", b"", 0, 0, 0) if folded else fields[11:]
+    has_addresses = not folded and family in _FAMILIES
+    return DropKey(
+        id=number,
+        reason=reason,
+        location=location,
+        netns=netns,
+        netns_cookie=cookie,
+        netns_from=wire.NetnsFrom(netns_from).name if netns_from else "",
+        ifindex=ifindex,
+        iif=iif,
+        hook=wire.Hook(hook).name if hook else "",
+        conntrack=wire.Conntrack(conntrack).name if conntrack else "",
+        family=family,
+        protocol=protocol,
+        src=_address(src) if has_addresses else "",
+        dst=_address(dst) if has_addresses else "",
+        sport=sport,
+        dport=dport,
+        folded=folded,
+    )
+
+
+def _address(raw: bytes) -> str:
+    if raw.startswith(_V4_MAPPED):
+        return socket.inet_ntop(socket.AF_INET, raw[12:])
+    return socket.inet_ntop(socket.AF_INET6, raw)
