@@ -6,18 +6,36 @@
  * Cost:    printed by scripts/bench; a netfilter drop whose hook is not told by its route takes a stack.
  * Blind:   drops that consume_skb() hides (SYN at a full queue), native XDP, NIC rings: counters show those. */
 
+struct slot {
+	struct flow_key flow;
+	struct tally tally;
+};
+
 BPF_TABLE("percpu_hash", struct flow_key, struct tally, flows_0, FLOWS);
 BPF_TABLE("percpu_hash", struct flow_key, struct tally, flows_1, FLOWS);
 BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_0, DROPS);
 BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_1, DROPS);
 BPF_RINGBUF_OUTPUT(samples, SAMPLE_PAGES);
 
+#ifdef RECURSION_SAFE
+/* From 6.1 on the kernel never runs this program inside itself, so additions need not be atomic, and the first flow
+ * of each turn to come by a slot can be counted there, at a third of what the hash map costs. */
+struct slots {
+	struct slot slot[SLOTS];
+};
+BPF_PERCPU_ARRAY(slots_0, struct slots, 1);
+BPF_PERCPU_ARRAY(slots_1, struct slots, 1);
+#define ADD(to, n) (to) += (n)
+#else
+/* Before that, a softirq that drops may interrupt it. */
+#define ADD(to, n) __sync_fetch_and_add(&(to), (n))
+#endif
+
 INLINE void add(struct tally *to, struct tally *one)
 {
-	/* Atomic, since before 6.1 a softirq that drops may run this program inside itself. */
-	__sync_fetch_and_add(&to->skbs, one->skbs);
-	__sync_fetch_and_add(&to->packets, one->packets);
-	__sync_fetch_and_add(&to->bytes, one->bytes);
+	ADD(to->skbs, one->skbs);
+	ADD(to->packets, one->packets);
+	ADD(to->bytes, one->bytes);
 }
 
 INLINE int is_netfilter(u32 reason, u64 location)
@@ -83,18 +101,24 @@ INLINE u8 conntrack_of(u64 nfct)
 	return CONNTRACK_UNKNOWN;
 }
 
-INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk)
+/* The namespace by the device, else by the socket, the route or the connection. Which one it is (inode, cookie)
+ * is read once per key, by count_new(). */
+INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk, int trust_device)
 {
 	u64 out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
-	if (read_device(key, SKB(skb, u64, dev), NETNS_FROM_DEVICE) || key->family == 0)
+	key->net = 0;
+	key->ifindex = key->netns_from = 0;
+	if (trust_device && read_device(key, SKB(skb, u64, dev), NETNS_FROM_DEVICE))
 		return;
-	if (read_socket(key, rx_sk) || read_socket(key, SKB(skb, u64, sk)))
+	if (key->family == 0 || read_socket(key, rx_sk) || read_socket(key, SKB(skb, u64, sk)))
 		return;
 	if (dst && !READ(&out, dst + OFF_dst_entry_dev) && read_device(key, out, NETNS_FROM_ROUTE))
 		return;
 #ifdef OFF_nf_conn_ct_net_net
-	if (ct && !READ(&net, ct + OFF_nf_conn_ct_net_net))
-		read_netns(key, net, NETNS_FROM_CONNTRACK);
+	if (ct && !READ(&net, ct + OFF_nf_conn_ct_net_net) && is_kernel_address(net)) {
+		key->net = net;
+		key->netns_from = NETNS_FROM_CONNTRACK;
+	}
 #endif
 }
 
@@ -120,7 +144,7 @@ INLINE u32 headers_end(u64 l3, u8 protocol, u32 transport)
 	return protocol == 6 ? transport + (h[12] >> 4) * 4 : transport + (protocol == 17 || protocol == 1 ? 8 : 0);
 }
 
-INLINE void take_sample(void *ctx, struct flow_key *flow, struct skb_view *skb, struct control *control)
+INLINE void take_sample(void *ctx, struct flow_key *flow, struct tally *one, struct skb_view *skb, struct control *control)
 {
 	struct budget *b = current_budget(control);
 	u64 l3 = SKB(skb, u64, head) + SKB(skb, u16, network_header);
@@ -138,6 +162,8 @@ INLINE void take_sample(void *ctx, struct flow_key *flow, struct skb_view *skb, 
 	b->samples++;
 	__builtin_memset(s, 0, sizeof(*s));
 	__builtin_memcpy(s, flow, sizeof(*flow));
+	s->netns = one->netns;
+	s->netns_cookie = one->netns_cookie;
 	s->t_ns = bpf_ktime_get_boot_ns();
 	s->length = SKB(skb, u32, len);
 	if (flow->family && !READ(&h, l3)) {
@@ -158,15 +184,88 @@ INLINE void take_sample(void *ctx, struct flow_key *flow, struct skb_view *skb, 
 	samples.ringbuf_submit(s, 0);
 }
 
+INLINE int is_same(const struct flow_key *a, const struct flow_key *b)
+{
+	const u64 *left = (const u64 *)a, *right = (const u64 *)b;
+#pragma unroll
+	for (int i = sizeof(*a) / 8 - 1; i >= 0; i--) /* what differs most stands last */
+		if (left[i] != right[i])
+			return 0;
+	return 1;
+}
+
+/* The slot for this flow: its own, or a free one, or NULL. */
+INLINE struct slot *slot_of(struct flow_key *flow, u32 side)
+{
+#ifdef RECURSION_SAFE
+	u32 zero = 0, at = (flow->location >> 4 ^ flow->sport ^ flow->dport ^ flow->dst[15]) & (SLOTS - 1);
+	struct slots *all = side ? slots_1.lookup(&zero) : slots_0.lookup(&zero);
+	if (all) {
+		struct slot *slot = &all->slot[at];
+		if (!slot->tally.skbs || is_same(&slot->flow, flow))
+			return slot;
+	}
+#endif
+	return 0;
+}
+
+INLINE int count_known(struct flow_key *flow, struct tally *one, u32 side)
+{
+	struct slot *slot = slot_of(flow, side);
+	if (slot) {
+		if (slot->tally.skbs)
+			add(&slot->tally, one);
+		return slot->tally.skbs != 0;
+	}
+	struct tally *have = side ? flows_1.lookup(flow) : flows_0.lookup(flow);
+	if (have)
+		add(have, one);
+	return have != 0;
+}
+
+/* A key not yet counted in this turn. Returns 1 if it is now in the flow map, worth a sample. */
+INLINE int count_new(struct flow_key *flow, struct tally *one, struct control *control)
+{
+	u32 side = control->side;
+	struct drop_key *key = (struct drop_key *)flow; /* a flow_key begins with a drop_key */
+	struct tally *have;
+	struct budget *b = current_budget(control);
+	struct slot *slot = slot_of(flow, side);
+	if (slot) {
+		slot->flow = *flow;
+		slot->tally = *one;
+		return 1;
+	}
+	if (b && !b->flows_full) {
+		if (!(side ? flows_1.insert(flow, one) : flows_0.insert(flow, one)))
+			return 1;
+		if (count_known(flow, one, side)) /* another CPU was first */
+			return 0;
+		b->flows_full = 1;
+	}
+	have = side ? drops_1.lookup(key) : drops_0.lookup(key);
+	if (!have) {
+		if (!(side ? drops_1.insert(key, one) : drops_0.insert(key, one)))
+			return 0;
+		have = side ? drops_1.lookup(key) : drops_0.lookup(key);
+	}
+	if (have)
+		add(have, one);
+	else
+		count_loss(LOSS_KEYS);
+	return 0;
+}
+
 int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct skb_view skb;
 	struct flow_key flow = {};
-	struct tally one = {.skbs = 1, .packets = 1}, *have;
+	struct tally one = {.skbs = 1, .packets = 1};
 	u32 zero = 0, segments = 0;
 	u64 rx_sk = 0, at = ctx->args[0];
-	struct control *control_now = control.lookup(&zero);
-	if (!control_now || READ(&skb, at + SKB_AT))
+	struct drop_key *key = (struct drop_key *)&flow;
+	struct control *now = control.lookup(&zero);
+	if (!now || READ(&skb, at + SKB_AT))
 		return 0;
 	flow.location = ctx->args[1];
 #if KFREE_ARGS >= 3
@@ -179,47 +278,26 @@ int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 	u64 head = SKB(&skb, u64, head);
 	if (SKB(&skb, u16, network_header))
 		read_flow(&flow, head + SKB(&skb, u16, network_header), ethertype);
-	fill_netns((struct drop_key *)&flow, &skb, rx_sk);
-	if (flow.netns)
-		flow.iif = SKB(&skb, u32, skb_iif);
+	fill_netns(key, &skb, rx_sk, 1);
+	flow.iif = SKB(&skb, u32, skb_iif);
 	flow.conntrack = conntrack_of(SKB(&skb, u64, _nfct));
 	if (is_netfilter(flow.reason, flow.location))
-		flow.hook = hook_of(ctx, &skb, control_now);
+		flow.hook = hook_of(ctx, &skb, now);
 	/* gso_size and gso_segs stand side by side in skb_shared_info, which follows the linear data. */
 	if (!READ(&segments, head + SKB(&skb, u32, end) + OFF_skb_shared_info_gso_size) && segments >> 16)
 		one.packets = segments >> 16;
 	one.bytes = SKB(&skb, u32, len);
 
-	u32 side = control_now->side;
-	have = side ? flows_1.lookup(&flow) : flows_0.lookup(&flow);
-	if (have) {
-		add(have, &one);
+	if (count_known(&flow, &one, now->side))
 		return 0;
-	}
-	struct budget *b = current_budget(control_now);
-	if (b && !b->flows_full) {
-		if (!(side ? flows_1.insert(&flow, &one) : flows_0.insert(&flow, &one))) {
-			take_sample(ctx, &flow, &skb, control_now);
+	if (key->net && !read_netns(&one, key->net)) {
+		fill_netns(key, &skb, rx_sk, 0);
+		if (key->net && !read_netns(&one, key->net))
+			key->net = 0;
+		if (count_known(&flow, &one, now->side))
 			return 0;
-		}
-		have = side ? flows_1.lookup(&flow) : flows_0.lookup(&flow);
-		if (have) { /* another CPU was first */
-			add(have, &one);
-			return 0;
-		}
-		b->flows_full = 1;
 	}
-	/* A drop_key is the beginning of a flow_key. */
-	struct drop_key *key = (struct drop_key *)&flow;
-	have = side ? drops_1.lookup(key) : drops_0.lookup(key);
-	if (!have) {
-		if (!(side ? drops_1.insert(key, &one) : drops_0.insert(key, &one)))
-			return 0;
-		have = side ? drops_1.lookup(key) : drops_0.lookup(key);
-	}
-	if (have)
-		add(have, &one);
-	else
-		count_loss(LOSS_KEYS);
+	if (count_new(&flow, &one, now))
+		take_sample(ctx, &flow, &one, &skb, now);
 	return 0;
 }

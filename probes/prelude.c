@@ -40,45 +40,54 @@ INLINE struct budget *current_budget(struct control *control)
 	return b;
 }
 
-/* Fill in inode and cookie of a struct net. A pointer that was clobbered (sk_buff.dev shares its place with
- * rbnode and dev_scratch) gives a number that no namespace has: then nothing is filled in. */
-INLINE int read_netns(struct drop_key *key, u64 net, u8 from)
+INLINE int is_kernel_address(u64 at)
 {
-	u32 inum = 0;
-	if (READ(&inum, net + OFF_net_ns_inum) || inum < NETNS_INUM_MIN)
+	return at >> 63;
+}
+
+/* Inode and cookie of a struct net. A pointer that was clobbered (sk_buff.dev shares its place with rbnode and
+ * dev_scratch) leads to a number that no namespace has: then 0 is returned. */
+INLINE int read_netns(struct tally *to, u64 net)
+{
+	if (READ(&to->netns, net + OFF_net_ns_inum) || to->netns < NETNS_INUM_MIN)
 		return 0;
-	key->netns = inum;
-	key->netns_from = from;
 #ifdef OFF_net_net_cookie
-	READ(&key->netns_cookie, net + OFF_net_net_cookie);
+	READ(&to->netns_cookie, net + OFF_net_net_cookie);
 #endif
 	return 1;
 }
 
+/* The namespace a device is in, and the device's number in it. */
 INLINE int read_device(struct drop_key *key, u64 dev, u8 from)
 {
+	u64 net = 0;
+	u32 ifindex = 0;
 #ifdef DEV_SIZE /* ifindex and nd_net stand near each other on this kernel */
 	u64 words[DEV_SIZE / 8];
 	if (!dev || READ(&words, dev + DEV_AT))
 		return 0;
-	u64 net = *(u64 *)((u8 *)words + (OFF_net_device_nd_net_net - DEV_AT));
-	u32 ifindex = *(u32 *)((u8 *)words + (OFF_net_device_ifindex - DEV_AT));
+	net = *(u64 *)((u8 *)words + (OFF_net_device_nd_net_net - DEV_AT));
+	ifindex = *(u32 *)((u8 *)words + (OFF_net_device_ifindex - DEV_AT));
 #else
-	u64 net = 0;
-	u32 ifindex = 0;
 	if (!dev || READ(&net, dev + OFF_net_device_nd_net_net) || READ(&ifindex, dev + OFF_net_device_ifindex))
 		return 0;
 #endif
-	if (!read_netns(key, net, from))
+	if (!is_kernel_address(net))
 		return 0;
+	key->net = net;
 	key->ifindex = ifindex;
+	key->netns_from = from;
 	return 1;
 }
 
 INLINE int read_socket(struct drop_key *key, u64 sk)
 {
 	u64 net = 0;
-	return sk && !READ(&net, sk + OFF_sock_common_skc_net_net) && read_netns(key, net, NETNS_FROM_SOCKET);
+	if (!sk || READ(&net, sk + OFF_sock_common_skc_net_net) || !is_kernel_address(net))
+		return 0;
+	key->net = net;
+	key->netns_from = NETNS_FROM_SOCKET;
+	return 1;
 }
 
 INLINE u16 be16(const u8 *at)
@@ -117,25 +126,28 @@ INLINE u32 ipv6_transport(u64 l3, u8 *protocol)
 /* Family, protocol, addresses and ports of the packet whose network header is at l3. */
 INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 {
-	u8 h[44];
+	u64 words[6];
+	u8 *h = (u8 *)words, protocol;
 	u32 transport;
-	if (READ(&h, l3))
+	if (bpf_probe_read_kernel(words, 44, (const void *)l3))
 		return;
 	if (ethertype == ETHERTYPE_IPV4 && h[0] >> 4 == 4) {
 		flow->family = 2;
-		flow->protocol = h[9];
-		flow->src[10] = flow->src[11] = flow->dst[10] = flow->dst[11] = 0xff;
-		__builtin_memcpy(flow->src + 12, h + 12, 4);
-		__builtin_memcpy(flow->dst + 12, h + 16, 4);
+		protocol = h[9];
+		/* Whole words, as the hash reads them: bytes put together again cost as much as a read. */
+		u32 *src = (u32 *)flow->src, *dst = (u32 *)flow->dst;
+		src[2] = dst[2] = 0xffff0000;
+		src[3] = *(u32 *)(h + 12);
+		dst[3] = *(u32 *)(h + 16);
 		transport = (be16(h + 6) & 0x1fff) ? 0 : (h[0] & 15) * 4;
 		if (transport == 20)
 			__builtin_memcpy(h + 40, h + 20, 4);
 	} else if (ethertype == ETHERTYPE_IPV6 && h[0] >> 4 == 6) {
 		flow->family = 10;
-		flow->protocol = h[6];
+		protocol = h[6];
 		__builtin_memcpy(flow->src, h + 8, 16);
 		__builtin_memcpy(flow->dst, h + 24, 16);
-		transport = ipv6_transport(l3, &flow->protocol);
+		transport = ipv6_transport(l3, &protocol);
 		if (transport == 40)
 			transport = 20; /* as above: the ports are in h[40..43] */
 		else if (transport == 20)
@@ -143,10 +155,11 @@ INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 	} else {
 		return;
 	}
-	if (!transport || !has_ports(flow->protocol))
+	flow->protocol = protocol;
+	if (!transport || !has_ports(protocol))
 		return;
 	if (transport != 20)
 		bpf_probe_read_kernel(h + 40, 4, (const void *)(l3 + transport));
-	flow->sport = be16(h + 40);
-	flow->dport = be16(h + 42);
+	u32 ports = __builtin_bswap32(*(u32 *)(h + 40));
+	*(u32 *)&flow->sport = ports << 16 | ports >> 16; /* sport, dport side by side */
 }

@@ -2,6 +2,7 @@
 
 #define STACK_DEPTH 10
 #define HOOK_FRAMES 8
+#define SLOTS 64
 #define SAMPLE_BYTES 128
 
 enum {
@@ -40,76 +41,74 @@ enum {
 };
 
 struct drop_key {
-	u64 netns_cookie;	/* struct net.net_cookie, 0 before 5.12 */
+	u64 net;	/* struct net *, 0 unknown; which one it was, the tally says */
 	u64 location;	/* return address inside the dropping function */
-	u32 netns;	/* net.ns.inum, the inode of /proc/PID/ns/net; 0 unknown */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u8 hook;	/* enum Hook of wire.py */
+	u16 hook;	/* enum Hook of wire.py */
 	u8 conntrack;	/* enum Conntrack of wire.py */
-	u8 family;	/* AF_INET, AF_INET6 or 0 */
-	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u8 pad[7];	/* zero */
+	u16 family;	/* AF_INET, AF_INET6 or 0 */
+	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 };
-_Static_assert(__builtin_offsetof(struct drop_key, netns_cookie) == 0, "drop_key.netns_cookie");
+_Static_assert(__builtin_offsetof(struct drop_key, net) == 0, "drop_key.net");
 _Static_assert(__builtin_offsetof(struct drop_key, location) == 8, "drop_key.location");
-_Static_assert(__builtin_offsetof(struct drop_key, netns) == 16, "drop_key.netns");
-_Static_assert(__builtin_offsetof(struct drop_key, ifindex) == 20, "drop_key.ifindex");
-_Static_assert(__builtin_offsetof(struct drop_key, reason) == 24, "drop_key.reason");
-_Static_assert(__builtin_offsetof(struct drop_key, hook) == 28, "drop_key.hook");
-_Static_assert(__builtin_offsetof(struct drop_key, conntrack) == 29, "drop_key.conntrack");
-_Static_assert(__builtin_offsetof(struct drop_key, family) == 30, "drop_key.family");
-_Static_assert(__builtin_offsetof(struct drop_key, protocol) == 31, "drop_key.protocol");
-_Static_assert(__builtin_offsetof(struct drop_key, netns_from) == 32, "drop_key.netns_from");
-_Static_assert(__builtin_offsetof(struct drop_key, pad) == 33, "drop_key.pad");
-_Static_assert(sizeof(struct drop_key) == 40, "drop_key");
+_Static_assert(__builtin_offsetof(struct drop_key, ifindex) == 16, "drop_key.ifindex");
+_Static_assert(__builtin_offsetof(struct drop_key, reason) == 20, "drop_key.reason");
+_Static_assert(__builtin_offsetof(struct drop_key, hook) == 24, "drop_key.hook");
+_Static_assert(__builtin_offsetof(struct drop_key, conntrack) == 26, "drop_key.conntrack");
+_Static_assert(__builtin_offsetof(struct drop_key, netns_from) == 27, "drop_key.netns_from");
+_Static_assert(__builtin_offsetof(struct drop_key, family) == 28, "drop_key.family");
+_Static_assert(__builtin_offsetof(struct drop_key, protocol) == 30, "drop_key.protocol");
+_Static_assert(sizeof(struct drop_key) == 32, "drop_key");
 
 struct flow_key {
-	u64 netns_cookie;	/* struct net.net_cookie, 0 before 5.12 */
+	u64 net;	/* struct net *, 0 unknown; which one it was, the tally says */
 	u64 location;	/* return address inside the dropping function */
-	u32 netns;	/* net.ns.inum, the inode of /proc/PID/ns/net; 0 unknown */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u8 hook;	/* enum Hook of wire.py */
+	u16 hook;	/* enum Hook of wire.py */
 	u8 conntrack;	/* enum Conntrack of wire.py */
-	u8 family;	/* AF_INET, AF_INET6 or 0 */
-	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u8 pad[7];	/* zero */
+	u16 family;	/* AF_INET, AF_INET6 or 0 */
+	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d */
 	u8 dst[16];	/* destination */
 	u16 sport;	/* source port, host order, 0 where the protocol has none */
 	u16 dport;	/* destination port */
 	u32 iif;	/* skb->skb_iif, the device the packet came in by */
 };
-_Static_assert(__builtin_offsetof(struct flow_key, netns_cookie) == 0, "flow_key.netns_cookie");
+_Static_assert(__builtin_offsetof(struct flow_key, net) == 0, "flow_key.net");
 _Static_assert(__builtin_offsetof(struct flow_key, location) == 8, "flow_key.location");
-_Static_assert(__builtin_offsetof(struct flow_key, netns) == 16, "flow_key.netns");
-_Static_assert(__builtin_offsetof(struct flow_key, ifindex) == 20, "flow_key.ifindex");
-_Static_assert(__builtin_offsetof(struct flow_key, reason) == 24, "flow_key.reason");
-_Static_assert(__builtin_offsetof(struct flow_key, hook) == 28, "flow_key.hook");
-_Static_assert(__builtin_offsetof(struct flow_key, conntrack) == 29, "flow_key.conntrack");
-_Static_assert(__builtin_offsetof(struct flow_key, family) == 30, "flow_key.family");
-_Static_assert(__builtin_offsetof(struct flow_key, protocol) == 31, "flow_key.protocol");
-_Static_assert(__builtin_offsetof(struct flow_key, netns_from) == 32, "flow_key.netns_from");
-_Static_assert(__builtin_offsetof(struct flow_key, pad) == 33, "flow_key.pad");
-_Static_assert(__builtin_offsetof(struct flow_key, src) == 40, "flow_key.src");
-_Static_assert(__builtin_offsetof(struct flow_key, dst) == 56, "flow_key.dst");
-_Static_assert(__builtin_offsetof(struct flow_key, sport) == 72, "flow_key.sport");
-_Static_assert(__builtin_offsetof(struct flow_key, dport) == 74, "flow_key.dport");
-_Static_assert(__builtin_offsetof(struct flow_key, iif) == 76, "flow_key.iif");
-_Static_assert(sizeof(struct flow_key) == 80, "flow_key");
+_Static_assert(__builtin_offsetof(struct flow_key, ifindex) == 16, "flow_key.ifindex");
+_Static_assert(__builtin_offsetof(struct flow_key, reason) == 20, "flow_key.reason");
+_Static_assert(__builtin_offsetof(struct flow_key, hook) == 24, "flow_key.hook");
+_Static_assert(__builtin_offsetof(struct flow_key, conntrack) == 26, "flow_key.conntrack");
+_Static_assert(__builtin_offsetof(struct flow_key, netns_from) == 27, "flow_key.netns_from");
+_Static_assert(__builtin_offsetof(struct flow_key, family) == 28, "flow_key.family");
+_Static_assert(__builtin_offsetof(struct flow_key, protocol) == 30, "flow_key.protocol");
+_Static_assert(__builtin_offsetof(struct flow_key, src) == 32, "flow_key.src");
+_Static_assert(__builtin_offsetof(struct flow_key, dst) == 48, "flow_key.dst");
+_Static_assert(__builtin_offsetof(struct flow_key, sport) == 64, "flow_key.sport");
+_Static_assert(__builtin_offsetof(struct flow_key, dport) == 66, "flow_key.dport");
+_Static_assert(__builtin_offsetof(struct flow_key, iif) == 68, "flow_key.iif");
+_Static_assert(sizeof(struct flow_key) == 72, "flow_key");
 
 struct tally {
 	u64 skbs;	/* buffers freed */
 	u64 packets;	/* wire packets: a GSO buffer counts its segments */
 	u64 bytes;	/* skb->len */
+	u64 netns_cookie;	/* struct net.net_cookie when the key was new, 0 before 5.12 */
+	u32 netns;	/* net.ns.inum then, the inode of /proc/PID/ns/net; 0 unknown */
+	u32 tally_pad;	/* zero */
 };
 _Static_assert(__builtin_offsetof(struct tally, skbs) == 0, "tally.skbs");
 _Static_assert(__builtin_offsetof(struct tally, packets) == 8, "tally.packets");
 _Static_assert(__builtin_offsetof(struct tally, bytes) == 16, "tally.bytes");
-_Static_assert(sizeof(struct tally) == 24, "tally");
+_Static_assert(__builtin_offsetof(struct tally, netns_cookie) == 24, "tally.netns_cookie");
+_Static_assert(__builtin_offsetof(struct tally, netns) == 32, "tally.netns");
+_Static_assert(__builtin_offsetof(struct tally, tally_pad) == 36, "tally.tally_pad");
+_Static_assert(sizeof(struct tally) == 40, "tally");
 
 struct control {
 	u32 side;	/* which of each pair of maps is being written, 0 or 1 */
@@ -136,49 +135,51 @@ _Static_assert(__builtin_offsetof(struct budget, flows_full) == 12, "budget.flow
 _Static_assert(sizeof(struct budget) == 16, "budget");
 
 struct sample {
-	u64 netns_cookie;	/* struct net.net_cookie, 0 before 5.12 */
+	u64 net;	/* struct net *, 0 unknown; which one it was, the tally says */
 	u64 location;	/* return address inside the dropping function */
-	u32 netns;	/* net.ns.inum, the inode of /proc/PID/ns/net; 0 unknown */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u8 hook;	/* enum Hook of wire.py */
+	u16 hook;	/* enum Hook of wire.py */
 	u8 conntrack;	/* enum Conntrack of wire.py */
-	u8 family;	/* AF_INET, AF_INET6 or 0 */
-	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u8 pad[7];	/* zero */
+	u16 family;	/* AF_INET, AF_INET6 or 0 */
+	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
 	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d */
 	u8 dst[16];	/* destination */
 	u16 sport;	/* source port, host order, 0 where the protocol has none */
 	u16 dport;	/* destination port */
 	u32 iif;	/* skb->skb_iif, the device the packet came in by */
-	u64 t_ns;	/* CLOCK_BOOTTIME where the kernel offers it, else CLOCK_MONOTONIC */
+	u64 netns_cookie;	/* as in tally */
+	u64 t_ns;	/* CLOCK_BOOTTIME */
+	u32 netns;	/* as in tally */
 	u32 length;	/* skb->len */
 	u16 captured;	/* bytes of headers that follow */
 	u16 frames;	/* stack frames that follow */
+	u32 sample_pad;	/* zero */
 	u64 stack[10];	/* return addresses, innermost first */
 	u8 headers[128];	/* from the network header on, cut after the transport header */
 };
-_Static_assert(__builtin_offsetof(struct sample, netns_cookie) == 0, "sample.netns_cookie");
+_Static_assert(__builtin_offsetof(struct sample, net) == 0, "sample.net");
 _Static_assert(__builtin_offsetof(struct sample, location) == 8, "sample.location");
-_Static_assert(__builtin_offsetof(struct sample, netns) == 16, "sample.netns");
-_Static_assert(__builtin_offsetof(struct sample, ifindex) == 20, "sample.ifindex");
-_Static_assert(__builtin_offsetof(struct sample, reason) == 24, "sample.reason");
-_Static_assert(__builtin_offsetof(struct sample, hook) == 28, "sample.hook");
-_Static_assert(__builtin_offsetof(struct sample, conntrack) == 29, "sample.conntrack");
-_Static_assert(__builtin_offsetof(struct sample, family) == 30, "sample.family");
-_Static_assert(__builtin_offsetof(struct sample, protocol) == 31, "sample.protocol");
-_Static_assert(__builtin_offsetof(struct sample, netns_from) == 32, "sample.netns_from");
-_Static_assert(__builtin_offsetof(struct sample, pad) == 33, "sample.pad");
-_Static_assert(__builtin_offsetof(struct sample, src) == 40, "sample.src");
-_Static_assert(__builtin_offsetof(struct sample, dst) == 56, "sample.dst");
-_Static_assert(__builtin_offsetof(struct sample, sport) == 72, "sample.sport");
-_Static_assert(__builtin_offsetof(struct sample, dport) == 74, "sample.dport");
-_Static_assert(__builtin_offsetof(struct sample, iif) == 76, "sample.iif");
+_Static_assert(__builtin_offsetof(struct sample, ifindex) == 16, "sample.ifindex");
+_Static_assert(__builtin_offsetof(struct sample, reason) == 20, "sample.reason");
+_Static_assert(__builtin_offsetof(struct sample, hook) == 24, "sample.hook");
+_Static_assert(__builtin_offsetof(struct sample, conntrack) == 26, "sample.conntrack");
+_Static_assert(__builtin_offsetof(struct sample, netns_from) == 27, "sample.netns_from");
+_Static_assert(__builtin_offsetof(struct sample, family) == 28, "sample.family");
+_Static_assert(__builtin_offsetof(struct sample, protocol) == 30, "sample.protocol");
+_Static_assert(__builtin_offsetof(struct sample, src) == 32, "sample.src");
+_Static_assert(__builtin_offsetof(struct sample, dst) == 48, "sample.dst");
+_Static_assert(__builtin_offsetof(struct sample, sport) == 64, "sample.sport");
+_Static_assert(__builtin_offsetof(struct sample, dport) == 66, "sample.dport");
+_Static_assert(__builtin_offsetof(struct sample, iif) == 68, "sample.iif");
+_Static_assert(__builtin_offsetof(struct sample, netns_cookie) == 72, "sample.netns_cookie");
 _Static_assert(__builtin_offsetof(struct sample, t_ns) == 80, "sample.t_ns");
-_Static_assert(__builtin_offsetof(struct sample, length) == 88, "sample.length");
-_Static_assert(__builtin_offsetof(struct sample, captured) == 92, "sample.captured");
-_Static_assert(__builtin_offsetof(struct sample, frames) == 94, "sample.frames");
-_Static_assert(__builtin_offsetof(struct sample, stack) == 96, "sample.stack");
-_Static_assert(__builtin_offsetof(struct sample, headers) == 176, "sample.headers");
-_Static_assert(sizeof(struct sample) == 304, "sample");
+_Static_assert(__builtin_offsetof(struct sample, netns) == 88, "sample.netns");
+_Static_assert(__builtin_offsetof(struct sample, length) == 92, "sample.length");
+_Static_assert(__builtin_offsetof(struct sample, captured) == 96, "sample.captured");
+_Static_assert(__builtin_offsetof(struct sample, frames) == 98, "sample.frames");
+_Static_assert(__builtin_offsetof(struct sample, sample_pad) == 100, "sample.sample_pad");
+_Static_assert(__builtin_offsetof(struct sample, stack) == 104, "sample.stack");
+_Static_assert(__builtin_offsetof(struct sample, headers) == 184, "sample.headers");
+_Static_assert(sizeof(struct sample) == 312, "sample");

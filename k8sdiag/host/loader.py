@@ -10,6 +10,7 @@ standard error (LLVM may even abort) the parent catches in a file and reports.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import importlib
@@ -67,8 +68,10 @@ HOOK_FUNCTIONS = {
     ),
 }  # fmt: skip
 ROUTE_INPUTS = ("ip_local_deliver", "ip6_input", "ip_forward", "ip6_forward")
+RECURSION_GUARD = "bpf_prog_inc_misses_counter"
+"""There since raw tracepoint programs are never run inside themselves (6.1): counts need no atomic addition."""
 NETFILTER_FUNCTIONS = ("nf_hook_slow", "nf_hook_slow_list", "nft_do_chain")
-SYMBOLS = sorted({*sum(HOOK_FUNCTIONS.values(), ()), *ROUTE_INPUTS, *NETFILTER_FUNCTIONS})
+SYMBOLS = sorted({*sum(HOOK_FUNCTIONS.values(), ()), *ROUTE_INPUTS, *NETFILTER_FUNCTIONS, RECURSION_GUARD})
 
 
 class LoadError(Exception):
@@ -171,6 +174,7 @@ def symbol_defines(spans: dict[str, tuple[int, int]]) -> list[str]:
         *(f"-DSYM_{name}={spans[name][0] if name in spans else 0}ULL" for name in ROUTE_INPUTS),
         "-DHOOK_RANGES(X)=" + " ".join(hooks),
         "-DNETFILTER_RANGES(X)=" + " ".join(netfilter),
+        *(["-DRECURSION_SAFE"] if RECURSION_GUARD in spans else []),
     ]
 
 
@@ -190,7 +194,11 @@ def load(probes: Path, probe: str, defines: list[str]) -> tuple[dict[str, int], 
         function = module.load_func(f"on_{PROGRAMS[probe]}", bcc.BPF.RAW_TRACEPOINT)
     except Exception as error:  # bcc raises bare Exception only; clang's and the verifier's words are on stderr
         raise LoadError("compile" if "compile" in str(error) else "refused", str(error)) from error
-    return {name: module[name].map_fd for name in sorted(tables)}, function.fd, bcc, module
+    maps = {}
+    for name in sorted(tables):
+        with contextlib.suppress(KeyError):  # not compiled in on this kernel
+            maps[name] = module[name].map_fd
+    return maps, function.fd, bcc, module
 
 
 PROGRAMS = {"drops": "kfree_skb"}

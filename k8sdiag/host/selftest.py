@@ -38,13 +38,18 @@ def count_own_drops() -> dict[str, object]:
                 sender.sendto(b"k8sdiag", ("127.0.0.1", port))
         probe.detach()
         GracePeriod().wait()
-        skbs = 0
         cpus = possible_cpus()
+        slot = struct.Struct("<" + (wire.FLOW_KEY.codec.format + wire.TALLY.codec.format).replace("<", ""))
+        dport, skbs_at = [field.name for field in wire.FLOW_KEY.fields].index("dport"), len(wire.FLOW_KEY.fields)
+        counted = []
+        if "slots_0" in probe.map_fds:
+            slots = BpfMap(probe.map_fds["slots_0"], 4, wire.SLOTS * slot.size, cpus).lookup(bytes(4))
+            counted += [(fields[dport], fields[skbs_at]) for fields in slot.iter_unpack(slots)]
         for keys, values in BpfMap(probe.map_fds["flows_0"], wire.FLOW_KEY.size, wire.TALLY.size, cpus).drain():
-            tallies = struct.iter_unpack("<" + "QQQ" * cpus, values)
+            tallies = struct.iter_unpack("<" + wire.TALLY.codec.format.replace("<", "") * cpus, values)
             for flow, tally in zip(wire.FLOW_KEY.codec.iter_unpack(keys), tallies, strict=True):
-                if flow[14] == port:  # dport
-                    skbs += sum(tally[0::3])
+                counted.append((flow[dport], sum(tally[0 :: len(wire.TALLY.fields)])))
+        skbs = sum(count for to_port, count in counted if to_port == port)
         return {
             "bcc": probe.about["bcc"],
             "python": platform.python_version(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, Reason, Sample, Symbol
@@ -24,6 +24,7 @@ FLOWS_PER_TICK = 2000
 KEYS_REMEMBERED = 50_000
 
 _EXPLAINS = wire.DROP_KEY.size
+_COOKIE, _NETNS = struct.Struct("<Q"), struct.Struct("<I")
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _FAMILIES = (wire.Family.IPV4, wire.Family.IPV6)
 
@@ -49,22 +50,22 @@ class DropSensor:
         self._next_id = 1
         self._named: set[int] = set()
         self._probe: Probe | None = None
-        self._sums = struct.Struct("<" + "QQQ" * self._cpus)
+        self._tallies = struct.Struct("<" + wire.TALLY.codec.format.lstrip("<") * self._cpus)
 
     def start(self) -> list[AnyFact]:
         """Load and attach. Returns what this kernel calls things. Raises the errors of host.bpf."""
         defines = {"FLOWS": self._flows, "DROPS": DROPS_ENTRIES, "SAMPLE_PAGES": SAMPLE_PAGES}
         probe = self._probe = Probe("drops", self._symbols, defines)
-        tally = wire.TALLY.size
-        fds = probe.map_fds
-        self._pairs = [
-            (BpfMap(fds[f"flows_{side}"], wire.FLOW_KEY.size, tally, self._cpus),
-             BpfMap(fds[f"drops_{side}"], wire.DROP_KEY.size, tally, self._cpus))
-            for side in (0, 1)
-        ]  # fmt: skip
-        self._control = BpfMap(fds["control"], 4, wire.CONTROL.size)
-        self._losses = BpfMap(fds["losses"], 4, 8, self._cpus)
-        self._ring = RingBuffer(fds["samples"], SAMPLE_PAGES * mmap.PAGESIZE)
+        sizes = {"flows": (wire.FLOW_KEY.size, wire.TALLY.size), "drops": (wire.DROP_KEY.size, wire.TALLY.size),
+                 "slots": (4, wire.SLOTS * (wire.FLOW_KEY.size + wire.TALLY.size))}  # fmt: skip
+        self._maps = {
+            name: BpfMap(fd, *sizes[name.partition("_")[0]], self._cpus)
+            for name, fd in probe.map_fds.items()
+            if name.partition("_")[0] in sizes
+        }
+        self._control = BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size)
+        self._losses = BpfMap(probe.map_fds["losses"], 4, 8, self._cpus)
+        self._ring = RingBuffer(probe.map_fds["samples"], SAMPLE_PAGES * mmap.PAGESIZE)
         self._grace = GracePeriod()
         self._switch()
         probe.attach("kfree_skb")
@@ -97,7 +98,8 @@ class DropSensor:
     def map_bytes(self) -> int:
         """Kernel memory of the counting maps: keys and a value per possible CPU, without the kernel's own links."""
         value = wire.TALLY.size * self._cpus
-        return 2 * (self._flows * (wire.FLOW_KEY.size + value) + DROPS_ENTRIES * (wire.DROP_KEY.size + value))
+        slots = wire.SLOTS * (wire.FLOW_KEY.size + wire.TALLY.size) * self._cpus
+        return 2 * (self._flows * (wire.FLOW_KEY.size + value) + DROPS_ENTRIES * (wire.DROP_KEY.size + value) + slots)
 
     def runs(self) -> ProgramRuns:
         assert self._probe is not None
@@ -122,9 +124,9 @@ class DropSensor:
         """
         if last and self._probe is not None:
             self._probe.detach()
-        idle = self._pairs[self._switch()]
+        idle = self._switch()
         self._grace.wait()
-        sums = self._drain(*idle)
+        sums = self._drain(idle)
         facts: list[AnyFact] = []
         if len(self._ids) > KEYS_REMEMBERED:
             self._ids.clear()
@@ -146,24 +148,40 @@ class DropSensor:
         )
         return 1 - side
 
-    def _drain(self, flows: BpfMap, drops: BpfMap) -> dict[bytes, tuple[int, int, int]]:
-        """Sums over CPUs by key: flow keys, and drop keys for what had no room or is beyond the limit."""
-        unpack = self._sums.iter_unpack
-        found: list[tuple[int, bytes, tuple[int, ...]]] = []
-        size = wire.FLOW_KEY.size
-        for keys, values in flows.drain():
-            found += [
-                (sum(value[1::3]), keys[i * size : (i + 1) * size], value) for i, value in enumerate(unpack(values))
-            ]
-        found.sort(key=lambda item: (-item[0], item[1]))
-        sums = {key: (sum(value[0::3]), packets, sum(value[2::3])) for packets, key, value in found[:FLOWS_PER_TICK]}
-        rest = [(key[:_EXPLAINS], value) for _, key, value in found[FLOWS_PER_TICK:]]
-        for keys, values in drops.drain():
-            rest += [(keys[i * _EXPLAINS : (i + 1) * _EXPLAINS], value) for i, value in enumerate(unpack(values))]
-        for key, value in rest:
-            skbs, packets, length = sums.get(key, (0, 0, 0))
-            sums[key] = skbs + sum(value[0::3]), packets + sum(value[1::3]), length + sum(value[2::3])
-        return sums
+    def _drain(self, side: int) -> dict[bytes, tuple[int, int, int]]:
+        """(skbs, packets, bytes) by identity (see _identity()), of flows and of what had no room or is beyond the limit."""
+        flows: dict[bytes, tuple[int, int, int]] = {}
+        rest: dict[bytes, tuple[int, int, int]] = {}
+        for key, tallies in (*self._slots(side), *self._entries(f"flows_{side}", wire.FLOW_KEY.size)):
+            _add(flows, *_identity(key, tallies))
+        for key, tallies in self._entries(f"drops_{side}", wire.DROP_KEY.size):
+            _add(rest, *_identity(key, tallies))
+        if len(flows) > FLOWS_PER_TICK:
+            ranked = sorted(flows.items(), key=lambda item: (-item[1][1], item[0]))
+            flows = dict(ranked[:FLOWS_PER_TICK])
+            for identity, sums in ranked[FLOWS_PER_TICK:]:
+                _add(rest, identity[:_EXPLAINS] + identity[-_NETNS.size :], sums)
+        return flows | rest
+
+    def _entries(self, name: str, size: int) -> Iterator[tuple[bytes, Sequence[int]]]:
+        for keys, values in self._maps[name].drain():
+            for i, tallies in enumerate(self._tallies.iter_unpack(values)):
+                yield keys[i * size : (i + 1) * size], tallies
+
+    def _slots(self, side: int) -> Iterator[tuple[bytes, Sequence[int]]]:
+        """What was counted in slots; they are empty afterwards."""
+        slots = self._maps.get(f"slots_{side}")
+        if slots is None:
+            return
+        values = slots.lookup(bytes(4))
+        if not any(values):
+            return
+        slots.update(bytes(4), bytes(len(values)))
+        size, key = wire.FLOW_KEY.size + wire.TALLY.size, wire.FLOW_KEY.size
+        for at in range(0, len(values), size):
+            tally = wire.TALLY.codec.unpack_from(values, at + key)
+            if tally[0]:
+                yield values[at : at + key], tally
 
     def _id(self, key: bytes, facts: list[AnyFact]) -> int:
         known = self._ids.get(key)
@@ -182,11 +200,12 @@ class DropSensor:
 
     def _sample(self, record: bytes, facts: list[AnyFact]) -> Sample:
         fields = wire.SAMPLE.codec.unpack_from(record)
-        t_ns, length, captured, frames = fields[-(wire.STACK_DEPTH + 5) : -(wire.STACK_DEPTH + 1)]
+        cookie, t_ns, netns, length, captured, frames, _ = fields[len(wire.FLOW_KEY.fields) :][:7]
         stack = fields[-(wire.STACK_DEPTH + 1) : -1][:frames]
+        identity = _COOKIE.pack(cookie) + record[_COOKIE.size : wire.FLOW_KEY.size] + _NETNS.pack(netns)
         for address in stack:
             self._name(address, facts)
-        return Sample(self._id(record[: wire.FLOW_KEY.size], facts), t_ns, length, fields[-1][:captured].hex(), stack)
+        return Sample(self._id(identity, facts), t_ns, length, fields[-1][:captured].hex(), stack)
 
     def stop(self) -> None:
         """Detach and let go of everything; safe to call twice."""
@@ -198,12 +217,29 @@ class DropSensor:
             self._probe = None
 
 
-def _drop_key(number: int, key: bytes) -> DropKey:
-    """The fact behind a flow key, or behind a drop key, which is its beginning."""
-    folded = len(key) == _EXPLAINS
-    fields = (wire.DROP_KEY if folded else wire.FLOW_KEY).codec.unpack(key)
-    cookie, location, netns, ifindex, reason, hook, conntrack, family, protocol, netns_from = fields[:10]
-    src, dst, sport, dport, iif = (b"", b"", 0, 0, 0) if folded else fields[11:]
+def _identity(key: bytes, tallies: Sequence[int]) -> tuple[bytes, tuple[int, int, int]]:
+    """What is counted under a key, and its sums over CPUs.
+
+    The identity is the key with the namespace's cookie in the place of its address, and its inode behind: addresses
+    of dead namespaces are given out again. Only the CPU that inserted the key has written those two.
+    """
+    step = len(wire.TALLY.fields)
+    identity = _COOKIE.pack(max(tallies[3::step])) + key[_COOKIE.size :] + _NETNS.pack(max(tallies[4::step]))
+    return identity, (sum(tallies[0::step]), sum(tallies[1::step]), sum(tallies[2::step]))
+
+
+def _add(to: dict[bytes, tuple[int, int, int]], identity: bytes, sums: tuple[int, int, int]) -> None:
+    skbs, packets, length = to.get(identity, (0, 0, 0))
+    to[identity] = skbs + sums[0], packets + sums[1], length + sums[2]
+
+
+def _drop_key(number: int, identity: bytes) -> DropKey:
+    """The fact behind an identity: of a flow, or of the beginning of one, which is a drop key."""
+    folded = len(identity) == _EXPLAINS + _NETNS.size
+    (netns,) = _NETNS.unpack(identity[-_NETNS.size :])
+    fields = (wire.DROP_KEY if folded else wire.FLOW_KEY).codec.unpack(identity[: -_NETNS.size])
+    cookie, location, ifindex, reason, hook, conntrack, netns_from, family, protocol = fields[:9]
+    src, dst, sport, dport, iif = (b"", b"", 0, 0, 0) if folded else fields[9:]
     has_addresses = not folded and family in _FAMILIES
     return DropKey(
         id=number,
