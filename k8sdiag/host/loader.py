@@ -55,18 +55,15 @@ OPTIONAL = {("sk_buff", "_nfct"), ("net", "net_cookie"), ("nf_conn", "status"), 
 
 # The innermost of these in the stack tells the netfilter hook (net/ipv4, net/ipv6, net/bridge, net/core/dev.c).
 HOOK_FUNCTIONS = {
-    "PRE_ROUTING": ("ip_rcv", "ipv6_rcv", "ip_list_rcv", "ipv6_list_rcv"),
+    "PRE_ROUTING": ("ip_rcv", "ipv6_rcv", "ip_list_rcv", "ipv6_list_rcv", "br_nf_pre_routing", "br_nf_pre_routing_ipv6"),
     "LOCAL_IN": ("ip_local_deliver", "ip6_input"),
-    "FORWARD": ("ip_forward", "ip6_forward"),
+    "FORWARD": ("ip_forward", "ip6_forward", "br_nf_forward", "br_nf_forward_ip"),
     "LOCAL_OUT": ("__ip_local_out", "__ip6_local_out", "ip6_xmit", "raw_sendmsg", "rawv6_sendmsg"),
-    "POST_ROUTING": ("ip_output", "ip_mc_output", "ip6_output"),
+    "POST_ROUTING": ("ip_output", "ip_mc_output", "ip6_output", "br_nf_post_routing"),
     "INGRESS": ("__netif_receive_skb_core",),
     "EGRESS": ("__dev_queue_xmit",),
-    "BRIDGE": (
-        "br_nf_pre_routing", "br_nf_forward", "br_nf_forward_ip", "br_nf_post_routing", "br_nf_hook_thresh",
-        "br_handle_frame", "br_handle_frame_finish", "__br_forward", "br_forward_finish", "br_pass_frame_up",
-    ),
-}  # fmt: skip
+    "BRIDGE": ("br_handle_frame", "br_handle_frame_finish", "__br_forward", "br_forward_finish", "br_pass_frame_up"),
+}  # br_nf_* call the hooks of IP for what crosses a bridge (net.bridge.bridge-nf-call-iptables)
 ROUTE_INPUTS = ("ip_local_deliver", "ip6_input", "ip_forward", "ip6_forward")
 RECURSION_GUARD = "bpf_prog_inc_misses_counter"
 """There since raw tracepoint programs are never run inside themselves (6.1): counts need no atomic addition."""

@@ -31,11 +31,8 @@ class KernelSymbols:
 
     def span(self, function: str) -> tuple[int, int] | None:
         """[start, end) of a function, whatever suffix the compiler gave it (`.isra.0`, `.constprop.0`)."""
-        for ending in (b"\n", b".constprop.", b".isra.", b"\t"):
-            at = self._text.find(b" " + function.encode() + ending)
-            if at >= 0:
-                break
-        else:
+        at = self._find(function)
+        if at < 0:
             return None
         start = int(self._text[self._text.rfind(b"\n", 0, at) + 1 :][:16], 16)
         if start == 0:
@@ -48,6 +45,18 @@ class KernelSymbols:
                 return start, end
             line = self._text.find(b"\n", line) + 1
         return start, start + 4096
+
+    def _find(self, function: str) -> int:
+        """Where the function's name stands in the text, or -1. Its unlikely parts (`.cold`) lie elsewhere."""
+        name = b" " + function.encode()
+        for ending in (b"\n", b"\t"):
+            at = self._text.find(name + ending)
+            if at >= 0:
+                return at
+        at = self._text.find(name + b".")
+        while at >= 0 and self._text.startswith(b"cold", at + len(name) + 1):
+            at = self._text.find(name + b".", at + 1)
+        return at
 
     def name(self, location: int) -> str:
         """The function a return address lies in: looked up one byte before it, suffixes cut at the first dot.
