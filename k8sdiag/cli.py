@@ -223,10 +223,15 @@ def _live_source(options: argparse.Namespace, duration: float | None, samples_pe
         raise K8sdiagError("Watching needs Linux; traces can be read here: replay FILE, check FILE.")
     from pathlib import Path
 
-    from k8sdiag.host.live import LiveSource, require_permission
+    from k8sdiag.host.bpf import Compilation, require_permission
+    from k8sdiag.host.symbols import KernelSymbols
 
     require_permission()
-    return LiveSource(options.interval, duration, samples_per_s, Path(options.host_root))
+    # Compiling takes longest: it goes on in a process of its own while the rest is imported here.
+    compilation = Compilation("drops").begin(KernelSymbols())
+    from k8sdiag.host.live import LiveSource
+
+    return LiveSource(options.interval, duration, samples_per_s, Path(options.host_root), compilation)
 
 
 def _engine(options: argparse.Namespace, window_s: float | None = None, row_limit: int = 500) -> Engine:
@@ -309,16 +314,20 @@ def _run_through(source: Source, engine: Engine) -> Snapshot:
 
 
 def _top(options: argparse.Namespace) -> int:
+    if not options.once:
+        _require_terminal()
+        return _screen(options, _live_source(options, options.duration), "live")
+    duration = options.duration or 3.0
+    options.interval = min(options.interval, duration)
+    source = _live_source(options, duration)
+    _print_once(options, _run_through(source, _engine(options)))
+    return 0
+
+
+def _print_once(options: argparse.Namespace, snapshot: Snapshot) -> None:
     from k8sdiag import views
 
-    if options.once:
-        duration = options.duration or 3.0
-        options.interval = min(options.interval, duration)
-        snapshot = _run_through(_live_source(options, duration), _engine(options))
-        _print(views.once(snapshot, _width(), all_drops=options.all_drops))
-        return 0
-    source = _live_source(options, options.duration)
-    return _screen(options, source, "live")
+    _print(views.once(snapshot, _width(), all_drops=options.all_drops))
 
 
 WINDOW_S = 60.0
@@ -326,25 +335,27 @@ WINDOW_S = 60.0
 
 
 def _screen(options: argparse.Namespace, source: Source, mode: str) -> int:
-    if not sys.stdout.isatty():
-        raise UsageError("The screen needs a terminal; for pipes and scripts: --once, or `k8sdiag check`.")
     from k8sdiag.explain import text
     from k8sdiag.tui.app import run
 
     return run(source, _engine(options, WINDOW_S), mode, explain=lambda topic: text(topic, 78))
 
 
-def _check(options: argparse.Namespace) -> int:
-    from k8sdiag import report, views
+def _require_terminal() -> None:
+    if not sys.stdout.isatty():
+        raise UsageError("The screen needs a terminal; for pipes and scripts: --once, or `k8sdiag check`.")
 
-    filtered = bool(options.namespace or options.pod)
+
+def _check(options: argparse.Namespace) -> int:
     if options.trace:
         snapshot = _worst(options)
     else:
         options.interval = min(options.interval, options.duration)
         source = _live_source(options, options.duration)
         snapshot = _run_through(source, _engine(options, row_limit=options.limit))
-    result = report.check(snapshot, filtered=filtered)
+    from k8sdiag import report, views
+
+    result = report.check(snapshot, filtered=bool(options.namespace or options.pod))
     if options.output == "json":
         sys.stdout.write(report.as_json(result).decode())
     else:
@@ -401,8 +412,9 @@ def _pods(options: argparse.Namespace) -> int:
     from pathlib import Path
 
     from k8sdiag import views
+    from k8sdiag.host.bpf import require_permission
     from k8sdiag.host.inventory import Inventory
-    from k8sdiag.host.live import node_fact, require_permission
+    from k8sdiag.host.live import node_fact
     from k8sdiag.identity import Identity
 
     require_permission()
@@ -421,6 +433,7 @@ def _pods(options: argparse.Namespace) -> int:
 
 
 def _record(options: argparse.Namespace) -> int:
+    source = _live_source(options, options.duration, options.samples)
     import platform
     from datetime import datetime, timezone
 
@@ -429,7 +442,6 @@ def _record(options: argparse.Namespace) -> int:
 
     moment = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     path = options.write or f"k8sdiag-{platform.node()}-{moment}{SUFFIX}"
-    source = _live_source(options, options.duration, options.samples)
     writer: TraceWriter | None = None
     packets = 0
     try:
@@ -450,17 +462,17 @@ def _record(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from k8sdiag import views
     from k8sdiag.source import Paced
 
     source = _trace_source(options.trace)
     if options.once:
         snapshot = _run_through(source, _engine(options))
         _warn(source)
-        _print(views.once(snapshot, _width(), all_drops=options.all_drops))
+        _print_once(options, snapshot)
         return 0
     if options.speed <= 0:
         raise UsageError("--speed takes a number above 0.")
+    _require_terminal()
     return _screen(options, Paced(source, options.speed), f"replay {options.trace}")
 
 
@@ -497,8 +509,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from k8sdiag.host.bpf import require_permission
     from k8sdiag.host.demo import Demo
-    from k8sdiag.host.live import require_permission
 
     require_permission()
     with Demo():

@@ -148,6 +148,12 @@ class Engine:
                 if not count.skbs:
                     del self._counts[entry]
 
+    def zero(self) -> None:
+        """Let the window begin now. What is known of namespaces, names and keys stays."""
+        self._counts.clear()
+        self._ticks.clear()
+        self._first_t_ns = self._t_ns
+
     def _seconds(self) -> float:
         since = self._first_t_ns if self._first_t_ns is not None else self._t_ns
         watched_ns = self._t_ns - since

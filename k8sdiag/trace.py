@@ -301,7 +301,7 @@ def _state_key(fact: AnyFact) -> object:
 def create(path: str) -> IO[bytes]:
     """A new trace file, mode 0600, belonging to the user behind sudo. "-" is standard output."""
     if path == "-":
-        return sys.stdout.buffer
+        return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     os.fchmod(descriptor, 0o600)
     if os.geteuid() == 0 and "SUDO_UID" in os.environ:

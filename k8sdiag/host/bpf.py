@@ -6,6 +6,7 @@ process never holds LLVM, and what differs between releases of bcc stays out of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -33,6 +34,19 @@ _MAP_CREATE, _MAP_UPDATE, _PROG_INFO, _RAW_TRACEPOINT_OPEN, _DRAIN_BATCH = 0, 2,
 _MAP_LOOKUP = 1
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
 _PAGE = mmap.PAGESIZE
+
+
+def require_permission() -> None:
+    """Raises NotPermitted unless this process may load BPF programs and look into other namespaces."""
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    has = {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
+    if not has["CAP_SYS_ADMIN"]:
+        raise NotPermitted("missing " + ", ".join(name for name, there in has.items() if not there))
+
+
+# include/uapi/linux/capability.h. CAP_SYS_ADMIN is needed for setns(2); it includes what CAP_BPF and CAP_PERFMON allow.
+_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 
 def probes_directory() -> Path:
@@ -149,11 +163,81 @@ class RingBuffer:
         self._data.close()
 
 
+class Compilation:
+    """A probe on its way into the kernel, compiled by a process of its own (loader.py) while this one goes on.
+
+    The process starts with the object; it warms up while the caller reads the symbol table for begin().
+    """
+
+    def __init__(self, probe: str) -> None:
+        self._probe = probe
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by result()
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            start = "import sys; sys.path.insert(0, sys.argv.pop()); from k8sdiag.host.loader import main; main()"
+            here = str(_PACKAGE.parent)
+            self._child = subprocess.Popen(
+                [sys.executable, "-I", "-W", "ignore::SyntaxWarning", "-c", start, str(theirs.fileno()), here],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._words,
+                stderr=self._words,
+                start_new_session=True,  # Ctrl-C is for us; the child ends with us
+            )
+
+    def begin(self, symbols: KernelSymbols) -> Compilation:
+        """Tell the process where the functions stand that the probe has to know."""
+        self.symbols = symbols
+        from k8sdiag.host.loader import SYMBOLS
+
+        spans = {symbol: span for symbol in SYMBOLS if (span := symbols.span(symbol))}
+        request = {
+            "probe": self._probe,
+            "probes": str(probes_directory()),
+            "spans": spans,
+            "defines": wire.map_sizes(possible_cpus()),
+        }
+        with contextlib.suppress(OSError):  # it has ended: result() says why
+            self._channel.sendall(json.dumps(request).encode() + b"\n")
+        return self
+
+    def result(self) -> tuple[dict[str, Any], list[int]]:
+        """What the process found out of this kernel, and descriptors: of the program, then of its maps.
+
+        Raises BccMissing, BtfMissing, NotPermitted or ProbeRefused.
+        """
+        line = b""
+        descriptors: list[int] = []
+        try:
+            line, descriptors, _, _ = socket.recv_fds(self._channel, 1 << 20, 32)
+            while line and not line.endswith(b"\n"):
+                line += self._channel.recv(1 << 20)
+        except OSError:
+            pass
+        finally:
+            self.cancel()
+        self._words.seek(0)
+        said = self._words.read()[-4000:].decode(errors="replace").strip()
+        self._words.close()
+        if not line:
+            raise ProbeRefused("the compiler ended early: " + said)
+        answer = json.loads(line)
+        if "error" in answer:
+            raise _refusal(answer["error"], f"{answer['text']}\n{said}".strip())
+        return answer, list(descriptors)
+
+    def cancel(self) -> None:
+        """End the process: its answer is here, or never comes; the exit handlers of LLVM are not waited for."""
+        self._channel.close()
+        self._child.kill()
+        self._child.wait()
+
+
 class Probe:
     """A loaded and attached probe. Closing its descriptors is what detaches it: no state stays in the kernel."""
 
-    def __init__(self, name: str, symbols: KernelSymbols, defines: dict[str, int]) -> None:
-        self.about, descriptors = _load(name, symbols, defines)
+    def __init__(self, compilation: Compilation) -> None:
+        self.about, descriptors = compilation.result()
         self.program, *maps = descriptors
         self.map_fds: dict[str, int] = dict(zip(self.about["maps"], maps, strict=True))
         self._link: int | None = None
@@ -213,46 +297,6 @@ class GracePeriod:
 
 def _address(buffer: Any) -> int:
     return ctypes.addressof(buffer)
-
-
-def _load(name: str, symbols: KernelSymbols, defines: dict[str, int]) -> tuple[dict[str, Any], list[int]]:
-    from k8sdiag.host.loader import SYMBOLS
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs, tempfile.TemporaryFile() as words:
-        start = (
-            f"import sys; sys.path.insert(0, {str(_PACKAGE.parent)!r}); from k8sdiag.host.loader import main; main()"
-        )
-        child = subprocess.Popen(
-            [sys.executable, "-I", "-W", "ignore::SyntaxWarning", "-c", start, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
-            start_new_session=True,  # Ctrl-C is for us; the child ends with us
-        )
-        theirs.close()
-        spans = {symbol: span for symbol in SYMBOLS if (span := symbols.span(symbol))}
-        request = {"probe": name, "probes": str(probes_directory()), "spans": spans, "defines": defines}
-        try:
-            ours.sendall(json.dumps(request).encode() + b"\n")
-            line, descriptors, _, _ = socket.recv_fds(ours, 1 << 20, 32)
-            while line and not line.endswith(b"\n"):
-                line += ours.recv(1 << 20)
-        except OSError:
-            line, descriptors = b"", []
-        finally:
-            # Its answer is here, or never comes; the exit handlers of LLVM are not waited for.
-            child.kill()
-            child.wait()
-        words.seek(0)
-        said = words.read()[-4000:].decode(errors="replace").strip()
-    if not line:
-        raise ProbeRefused("the compiler ended early: " + said)
-    answer = json.loads(line)
-    if "error" in answer:
-        raise _refusal(answer["error"], f"{answer['text']}\n{said}".strip())
-    return answer, list(descriptors)
 
 
 def _refusal(kind: str, text: str) -> Exception:

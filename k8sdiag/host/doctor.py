@@ -26,7 +26,7 @@ import msgspec
 from k8sdiag import __version__
 from k8sdiag.errors import BccMissing, BtfMissing, K8sdiagError, bcc_install_command, command_line
 from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, HostPod, NetnsOwner, Sample, Status
-from k8sdiag.host.bpf import bpf
+from k8sdiag.host.bpf import Compilation, bpf
 from k8sdiag.host.btf import KIND_FUNC, Btf, BtfError
 from k8sdiag.host.instances import DIRECTORY, also_running, living
 from k8sdiag.host.inventory import Inventory, netns
@@ -142,13 +142,16 @@ def _privileges(root: Path) -> Row:
         return Row("privileges", "full", True, hook, ", ".join(_PRIVILEGES))
     blinds = "; ".join(f"{name}: {_PRIVILEGES[name].blinds}" for name in lacking)
     status: Status = "missing" if "CAP_SYS_ADMIN" in lacking else "inferred"  # as host.live.require_permission()
-    why = f"user {os.geteuid()} lacks {', '.join(lacking)}"
-    return Row("privileges", status, True, hook, why, blinds, _more_rights(lacking))
+    whose = "root of a user namespace, which counts only inside it," if _is_confined(root) else f"user {os.geteuid()}"
+    why = f"{whose} lacks {', '.join(lacking)}"
+    return Row("privileges", status, True, hook, why, blinds, _more_rights(root, lacking))
 
 
 def _held(root: Path) -> set[str]:
     """Those of _PRIVILEGES that are effective. CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (linux/capability.h)."""
     effective = 0
+    if _is_confined(root):
+        return set()
     for line in _text(root / "proc/self/status").splitlines():
         if line.startswith("CapEff:"):
             effective = int(line.split()[1], 16)
@@ -156,8 +159,15 @@ def _held(root: Path) -> set[str]:
     return held | _TO_LOAD if "CAP_SYS_ADMIN" in held else held
 
 
-def _more_rights(capabilities: Sequence[str]) -> str:
+def _is_confined(root: Path) -> bool:
+    """Whether this is a user namespace with fewer users than the machine (rootless containers)."""
+    return _text(root / "proc/self/uid_map").split() not in ([], ["0", "0", "4294967295"])
+
+
+def _more_rights(root: Path, capabilities: Sequence[str]) -> str:
     """How to get them: by sudo, or, for a root that was robbed of them (a container), from whoever starts it."""
+    if _is_confined(root):
+        return f"outside of the user namespace: sudo {command_line()}"
     if os.geteuid():
         return f"sudo {command_line()}"
     names = ", ".join(name.removeprefix("CAP_") for name in capabilities)
@@ -239,7 +249,7 @@ class _Seen(NamedTuple):
 
 def _drops(symbols: KernelSymbols, vmlinux: Btf | None, root: Path) -> Iterator[Row]:
     """Compile, load and attach the drop probe, let it count drops made on purpose, and detach it."""
-    sensor = DropSensor(symbols)
+    sensor = DropSensor(Compilation("drops").begin(symbols))
     begin_s = time.perf_counter()
     try:
         said = sensor.start()
@@ -270,7 +280,7 @@ def _refused(error: K8sdiagError | OSError, root: Path) -> Row:
     elif isinstance(error, BtfMissing):
         remedy = _BTF_REMEDY
     elif lacking := _TO_LOAD - _held(root):
-        remedy = _more_rights(sorted(lacking))
+        remedy = _more_rights(root, sorted(lacking))
     why = Exception.__str__(error)  # without the advice for those who only see the message
     return Row("drops", "missing", True, "raw_tracepoint:kfree_skb", why, _EVERYTHING, remedy)
 
@@ -381,7 +391,7 @@ def _symbols(symbols: KernelSymbols, root: Path) -> Row:
     if not symbols.hidden:
         return Row("symbols", "full", False, hook, f"kernel.kptr_restrict is {restrict}")
     blinds = "names of the functions that drop (shown as numbers), netfilter hooks (UNKNOWN), causes told by place"
-    remedy = "sysctl -w kernel.kptr_restrict=1" if restrict == "2" else _more_rights(["CAP_SYSLOG"])
+    remedy = "sysctl -w kernel.kptr_restrict=1" if restrict == "2" else _more_rights(root, ["CAP_SYSLOG"])
     return Row(
         "symbols", "missing", False, hook, f"kernel.kptr_restrict is {restrict}: addresses read as zero", blinds, remedy
     )
@@ -421,7 +431,7 @@ def _fentry(vmlinux: Btf | None, root: Path) -> Row:
         type_id = vmlinux._find(function, KIND_FUNC) or vmlinux._find("kfree_skb_list", KIND_FUNC)  # noqa: SLF001
     remedy = "boot a kernel that permits BPF_PROG_TYPE_TRACING (x86-64 from 5.5 on, arm64 from 6.0 on)"
     if lacking := _TO_LOAD - _held(root):
-        remedy = _more_rights(sorted(lacking))
+        remedy = _more_rights(root, sorted(lacking))
     hook = "BPF_PROG_TYPE_TRACING"
     if not type_id:
         return Row(
@@ -492,7 +502,7 @@ def _pods(root: Path) -> Iterator[Row]:
         status: Status = "inferred" if inventory.inodes else "missing"
         lacking = {"CAP_SYS_ADMIN", "CAP_SYS_PTRACE"} - _held(root)
         why = f"{found}; {_count(closed, 'process', 'es')} may not be looked at"
-        remedy = _more_rights(sorted(lacking)) if lacking else ""
+        remedy = _more_rights(root, sorted(lacking)) if lacking else ""
         yield Row("pods", status, False, hook, why, "whose the namespaces are that could not be seen", remedy)
     yield _pod_names(root, owners)
 

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from k8sdiag import __version__
-from k8sdiag.errors import NotPermitted
 from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
+from k8sdiag.host.bpf import Compilation, possible_cpus
 from k8sdiag.host.inventory import Inventory
 from k8sdiag.host.sensors.drops import DropSensor
 from k8sdiag.host.sensors.unseen import Unseen
 from k8sdiag.host.symbols import KernelSymbols
+from k8sdiag.host.wire import map_bytes
 from k8sdiag.source import Batch
 
 CLOCK_STEP_NS = 100_000_000
@@ -26,26 +27,38 @@ CLOCK_STEP_NS = 100_000_000
 class LiveSource:
     """This machine, from the moment the probes are attached until close() or the end of `duration_s`.
 
-    Its first batch (t = attach) names the node; each further batch is a tick. Raises the errors of host.bpf when
-    the probe cannot be loaded.
+    The first batch says that the probes count, and on what machine; the second, who is who on it; each further
+    one is a tick. Raises the errors of host.bpf when the probe cannot be loaded.
     """
 
     def __init__(
-        self, interval_s: float = 1.0, duration_s: float | None = None, samples_per_s: int = 50,
+        self,
+        interval_s: float = 1.0,
+        duration_s: float | None = None,
+        samples_per_s: int = 50,
         root: Path = Path("/"),
-    ) -> None:  # fmt: skip
+        compilation: Compilation | None = None,
+    ) -> None:
+        """`compilation`: of the drop probe, if it was begun while this module was still to be imported."""
         self._interval_s = interval_s
         self._duration_s = duration_s
         self._closing = threading.Event()
-        self._symbols = KernelSymbols()
-        self._drops = DropSensor(self._symbols, samples_per_s)
+        compilation = compilation or Compilation("drops").begin(KernelSymbols())
+        self._symbols = compilation.symbols
+        self._drops = DropSensor(compilation, samples_per_s)
+        self._inventory = Inventory(root)
+        self._unseen = Unseen(self._inventory, self._drops.reason_name, self._symbols.name)
         self._clock_ns = 0
-        self._root = root
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            yield self._begin()
+            named = self._drops.start()
             begin_s = time.monotonic()
+            yield Batch(_boottime_ns(), (node_fact(self._inventory), *self._clock(), *named))
+            t_ns = _boottime_ns()
+            who = tuple(self._inventory.facts(t_ns))
+            self._unseen.start()
+            yield Batch(t_ns, who)
             tick = 0
             last = False
             while not last:
@@ -63,15 +76,6 @@ class LiveSource:
     def close(self) -> None:
         """End the iteration after one last read; from any thread."""
         self._closing.set()
-
-    def _begin(self) -> Batch:
-        named = self._drops.start()
-        t_ns = _boottime_ns()
-        inventory = self._inventory = Inventory(self._root)
-        who = list(inventory.facts(t_ns))
-        self._unseen = Unseen(inventory, self._drops.reason_name, self._symbols.name)
-        self._unseen.start()
-        return Batch(t_ns, (node_fact(inventory), *self._clock(), *named, *who))
 
     def _tick(self, last: bool) -> Batch:
         self._unseen.before(everything=last)
@@ -107,7 +111,7 @@ class LiveSource:
         return Cost(
             cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
             rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
-            map_bytes=self._drops.map_bytes,
+            map_bytes=map_bytes(possible_cpus()),
             bpf_runs=runs.runs or None,
             bpf_ns=runs.run_ns or None,
         )
@@ -119,19 +123,6 @@ def node_fact(inventory: Inventory) -> Node:
         platform.node(), platform.release(), inventory.host_inode,
         architecture=platform.machine(), tool=__version__,
     )  # fmt: skip
-
-
-def require_permission() -> None:
-    """Raises NotPermitted unless this process may load BPF programs and look into other namespaces."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(status.split("CapEff:")[1].split()[0], 16)
-    has = {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
-    if not has["CAP_SYS_ADMIN"]:
-        raise NotPermitted("missing " + ", ".join(name for name, there in has.items() if not there))
-
-
-# include/uapi/linux/capability.h. CAP_SYS_ADMIN is needed for setns(2); it includes what CAP_BPF and CAP_PERFMON allow.
-_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 
 def _boottime_ns() -> int:

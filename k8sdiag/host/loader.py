@@ -55,7 +55,14 @@ OPTIONAL = {("sk_buff", "_nfct"), ("net", "net_cookie"), ("nf_conn", "status"), 
 
 # The innermost of these in the stack tells the netfilter hook (net/ipv4, net/ipv6, net/bridge, net/core/dev.c).
 HOOK_FUNCTIONS = {
-    "PRE_ROUTING": ("ip_rcv", "ipv6_rcv", "ip_list_rcv", "ipv6_list_rcv", "br_nf_pre_routing", "br_nf_pre_routing_ipv6"),
+    "PRE_ROUTING": (
+        "ip_rcv",
+        "ipv6_rcv",
+        "ip_list_rcv",
+        "ipv6_list_rcv",
+        "br_nf_pre_routing",
+        "br_nf_pre_routing_ipv6",
+    ),
     "LOCAL_IN": ("ip_local_deliver", "ip6_input"),
     "FORWARD": ("ip_forward", "ip6_forward", "br_nf_forward", "br_nf_forward_ip"),
     "LOCAL_OUT": ("__ip_local_out", "__ip6_local_out", "ip6_xmit", "raw_sendmsg", "rawv6_sendmsg"),

@@ -14,7 +14,7 @@ import time
 
 from k8sdiag.errors import K8sdiagError
 from k8sdiag.host import wire
-from k8sdiag.host.bpf import BpfMap, GracePeriod, Probe, possible_cpus
+from k8sdiag.host.bpf import BpfMap, Compilation, GracePeriod, Probe, possible_cpus
 from k8sdiag.host.symbols import KernelSymbols
 
 DATAGRAMS = 23
@@ -23,7 +23,7 @@ DATAGRAMS = 23
 def count_own_drops() -> dict[str, object]:
     """Load the drop probe, provoke drops, read them back, detach. Raises the errors of host.bpf."""
     begin_s = time.perf_counter()
-    probe = Probe("drops", KernelSymbols(), {"FLOWS": 1024, "DROPS": 1024, "SAMPLE_PAGES": 8})
+    probe = Probe(Compilation("drops").begin(KernelSymbols()))
     try:
         BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size).update(
             bytes(4), wire.CONTROL.codec.pack(0, 1, DATAGRAMS, DATAGRAMS)

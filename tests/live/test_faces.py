@@ -60,7 +60,9 @@ def test_namespaces_of_the_json_are_the_sums_per_cause(new_lab: NewLab) -> None:
         namespace: sum(causes.values()) for namespace, causes in sums.items()
     }
     assert check.returncode == {"ok": 0, "warning": 1, "critical": 2, "unknown": 3}[result["status"]]
-    owners = {f"{row['owner']['namespace']}/{row['owner']['name']}": row["drops"]["packets"] for row in result["owners"]}
+    owners = {
+        f"{row['owner']['namespace']}/{row['owner']['name']}": row["drops"]["packets"] for row in result["owners"]
+    }
     assert sum(count for owner, count in owners.items() if owner.split("/")[0] in sums) == sum(
         sum(causes.values()) for causes in sums.values()
     )
@@ -69,7 +71,10 @@ def test_namespaces_of_the_json_are_the_sums_per_cause(new_lab: NewLab) -> None:
 def test_top_once_shows_the_same_sums(new_lab: NewLab) -> None:
     lab = new_lab(pods=six_pods())
     top = subprocess.Popen(
-        [*K8SDIAG, "top", "--once", "--duration", "8s"], stdout=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "120"}
+        [*K8SDIAG, "top", "--once", "--duration", "8s"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "120"},
     )
     time.sleep(2)
     sums = inject(lab)
@@ -113,9 +118,13 @@ def test_record_then_replay_and_check_the_file(new_lab: NewLab, tmp_path: Path) 
     assert time.monotonic() - begin_s < 1.5
     assert path.stat().st_mode & 0o777 == 0o600
     result = json.loads(
-        subprocess.run([*K8SDIAG, "check", str(path), "--whole", "-o", "json"], stdout=subprocess.PIPE, check=False).stdout
+        subprocess.run(
+            [*K8SDIAG, "check", str(path), "--whole", "-o", "json"], stdout=subprocess.PIPE, check=False
+        ).stdout
     )
-    found = {row["namespace"]: {cause["cause"]: cause["packets"] for cause in row["causes"]} for row in result["namespaces"]}
+    found = {
+        row["namespace"]: {cause["cause"]: cause["packets"] for cause in row["causes"]} for row in result["namespaces"]
+    }
     assert {namespace: found[namespace] for namespace in sums} == sums
     once = subprocess.run([*K8SDIAG, "replay", str(path), "--once"], capture_output=True, text=True, check=True).stdout
     assert all(namespace in once for namespace in sums)

@@ -29,7 +29,8 @@ class Watch:
             for batch in self._source:
                 self.engine.fold(batch)
                 self.snapshots.append(self.engine.snapshot())
-                self._ready.set()
+                if len(self.snapshots) == 2:  # attached, and who is who is known
+                    self._ready.set()
         except BaseException as error:  # noqa: BLE001 -- handed to the test's thread
             self._error = error
             self._ready.set()

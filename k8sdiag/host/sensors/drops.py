@@ -10,15 +10,10 @@ from typing import NamedTuple
 
 from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, Reason, Sample, Symbol
 from k8sdiag.host import wire
-from k8sdiag.host.bpf import BpfMap, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
-from k8sdiag.host.symbols import KernelSymbols
+from k8sdiag.host.bpf import BpfMap, Compilation, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
 
-SAMPLE_PAGES = 32
 STACKS_PER_TURN = 5000
 """Per CPU and tick: at 3 µs each, 1.5 % of a CPU."""
-FLOWS_MAX, FLOWS_MIN, DROPS_ENTRIES = 8192, 1024, 4096
-MAP_BYTES_MAX = 16 << 20
-"""The flow maps shrink where many possible CPUs would make them bigger than this."""
 FLOWS_PER_TICK = 2000
 """Flows passed on with their addresses per tick, largest first; the rest goes under what explains them."""
 KEYS_REMEMBERED = 50_000
@@ -40,11 +35,11 @@ class Losses(NamedTuple):
 class DropSensor:
     """Owns the drop probe. start() attaches it, read() gives what was counted since the last read."""
 
-    def __init__(self, symbols: KernelSymbols, samples_per_s: int = 50) -> None:
-        self._symbols = symbols
+    def __init__(self, compilation: Compilation, samples_per_s: int = 50) -> None:
+        self._compilation = compilation
+        self._symbols = compilation.symbols
         self._samples = samples_per_s
         self._cpus = possible_cpus()
-        self._flows = max(FLOWS_MIN, min(FLOWS_MAX, MAP_BYTES_MAX // (wire.TALLY.size * self._cpus)))
         self._turn = 0
         self._ids: dict[bytes, int] = {}
         self._next_id = 1
@@ -54,8 +49,7 @@ class DropSensor:
 
     def start(self) -> list[AnyFact]:
         """Load and attach. Returns what this kernel calls things. Raises the errors of host.bpf."""
-        defines = {"FLOWS": self._flows, "DROPS": DROPS_ENTRIES, "SAMPLE_PAGES": SAMPLE_PAGES}
-        probe = self._probe = Probe("drops", self._symbols, defines)
+        probe = self._probe = Probe(self._compilation)
         sizes = {"flows": (wire.FLOW_KEY.size, wire.TALLY.size), "drops": (wire.DROP_KEY.size, wire.TALLY.size),
                  "slots": (4, wire.SLOTS * (wire.FLOW_KEY.size + wire.TALLY.size))}  # fmt: skip
         self._maps = {
@@ -65,7 +59,7 @@ class DropSensor:
         }
         self._control = BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size)
         self._losses = BpfMap(probe.map_fds["losses"], 4, 8, self._cpus)
-        self._ring = RingBuffer(probe.map_fds["samples"], SAMPLE_PAGES * mmap.PAGESIZE)
+        self._ring = RingBuffer(probe.map_fds["samples"], wire.SAMPLE_PAGES * mmap.PAGESIZE)
         self._grace = GracePeriod()
         self._switch()
         probe.attach("kfree_skb")
@@ -93,13 +87,6 @@ class DropSensor:
             yield Capability("conntrack-state", "missing", "nf_conn.status", why)
         else:
             yield Capability("conntrack-state", "full", "nf_conn.status")
-
-    @property
-    def map_bytes(self) -> int:
-        """Kernel memory of the counting maps: keys and a value per possible CPU, without the kernel's own links."""
-        value = wire.TALLY.size * self._cpus
-        slots = wire.SLOTS * (wire.FLOW_KEY.size + wire.TALLY.size) * self._cpus
-        return 2 * (self._flows * (wire.FLOW_KEY.size + value) + DROPS_ENTRIES * (wire.DROP_KEY.size + value) + slots)
 
     def runs(self) -> ProgramRuns:
         assert self._probe is not None
@@ -149,7 +136,7 @@ class DropSensor:
         return 1 - side
 
     def _drain(self, side: int) -> dict[bytes, tuple[int, int, int]]:
-        """(skbs, packets, bytes) by identity (see _identity()), of flows and of what had no room or is beyond the limit."""
+        """(skbs, packets, bytes) by identity (see _identity()), of flows and of what is beyond the limit."""
         flows: dict[bytes, tuple[int, int, int]] = {}
         rest: dict[bytes, tuple[int, int, int]] = {}
         for key, tallies in (*self._slots(side), *self._entries(f"flows_{side}", wire.FLOW_KEY.size)):
@@ -209,7 +196,9 @@ class DropSensor:
 
     def stop(self) -> None:
         """Detach and let go of everything; safe to call twice."""
-        if self._probe is not None:
+        if self._probe is None:
+            self._compilation.cancel()
+        else:
             self._probe.detach()
             self._ring.close()
             self._grace.close()

@@ -87,12 +87,16 @@ class Unseen:
         self._classes: dict[int, tuple[tuple[int, int], str] | None] = {}
         self._active: set[int] = set()
         self._gaps: dict[tuple[tuple[int, int], str], int] = {}
-        self._softnet_started = read_softnet_dropped()
+        self._softnet_started = 0
         self._softnet = 0
         self._turn = 0
 
     def start(self) -> None:
-        """Remember where the counters of all namespaces stand; those that appear later began at zero."""
+        """Remember where the counters of all namespaces stand; those that appear later began at zero.
+
+        To be called once the program counts, so that nothing counted before it is taken for missed.
+        """
+        self._softnet_started = read_softnet_dropped()
         for inode in self._inventory.inodes:
             values = self._read(inode)
             if values is not None:
