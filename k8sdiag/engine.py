@@ -77,7 +77,7 @@ class Engine:
         self._reasons: dict[int, str] = {}
         self._symbols: dict[int, str] = {}
         self._keys: dict[int, DropKey] = {}
-        self._attributions: dict[tuple[int, int], Attribution] = {}
+        self._attributions: dict[tuple[DropKey, int], Attribution] = {}
         self._counts: dict[tuple[DropKey, Attribution], _Count] = {}
         self._ticks: deque[tuple[int, list[tuple[tuple[DropKey, Attribution], int, int, int]]]] = deque()
 
@@ -123,7 +123,7 @@ class Engine:
         self._ticks.append((t_ns, tick))
 
     def _attribute(self, key: DropKey, t_ns: int) -> Attribution:
-        at = key.id, self.identity.version
+        at = key, self.identity.version
         known = self._attributions.get(at)
         if known is None:
             if len(self._attributions) > KEYS_IN_USE:

@@ -68,6 +68,8 @@ class Identity:
                 return
             _replace(self._local.setdefault(fact.netns, []), fact, ("address", "netns_cookie"))
         elif isinstance(fact, HostPod):
+            if self.host_pods.get(fact.uid) == fact:
+                return
             self.host_pods[fact.uid] = fact
         else:
             return
@@ -76,10 +78,10 @@ class Identity:
     def forget(self, t_ns: int) -> None:
         """Let go of what ended more than ten minutes of event time before `t_ns`."""
         before_ns = t_ns - REMEMBERED_NS
-        _forget(self._owners, before_ns)
-        _forget(self._links, before_ns)
-        _forget(self._addresses, before_ns)
-        _forget(self._local, before_ns)
+        forgot = _forget(self._owners, before_ns) + _forget(self._links, before_ns)
+        forgot += _forget(self._addresses, before_ns) + _forget(self._local, before_ns)
+        if forgot:
+            self.version += 1
 
     def netns_owner(self, netns: int, cookie: int, t_ns: int, how: How = "netns") -> Owner | None:
         """Whose a network namespace is, or None where nobody said."""
@@ -155,9 +157,10 @@ class Identity:
         for ifindex in (key.ifindex, key.iif):
             owner = self._behind(key, ifindex, t_ns)
             if owner:
-                sender = self._at(key.src, key, t_ns)
+                sender, receiver = self._at(key.src, key, t_ns), self._at(key.dst, key, t_ns)
                 is_sender = sender is not None and sender.identity == owner.identity
-                other = key.dst if is_sender or sender is None else key.src
+                is_receiver = receiver is not None and receiver.identity == owner.identity
+                other = key.dst if is_sender or not is_receiver and sender is None else key.src
                 return Attribution(owner, self._peer(other, key, t_ns), direction, name)
         for address, other in ((key.src, key.dst), (key.dst, key.src)):
             owner = self._at(address, key, t_ns)
@@ -193,11 +196,8 @@ class Identity:
     def _is_local(self, address: str, key: DropKey, t_ns: int) -> bool:
         if address.startswith("127.") or address == "::1":
             return True
-        return any(
-            span.netns == key.netns
-            and (not span.netns_cookie or not key.netns_cookie or span.netns_cookie == key.netns_cookie)
-            for span in _valid(self._addresses.get(address, ()), 0, t_ns)
-        )
+        here = [span for span in self._addresses.get(address, ()) if span.netns == key.netns]
+        return bool(_valid(here, key.netns_cookie, t_ns))
 
     def _at(self, address: str, key: DropKey, t_ns: int) -> Owner | None:
         """The owner of an address as seen from the packet's namespace: never guessed between two."""
@@ -260,10 +260,13 @@ def _valid(spans: Sequence[_Spanned], cookie: int, t_ns: int) -> list[_Spanned]:
     return [span for span in spans if span.until_t_ns == last_ns]
 
 
-def _forget(table: dict[_Key, list[_Spanned]], before_ns: int) -> None:
+def _forget(table: dict[_Key, list[_Spanned]], before_ns: int) -> int:
+    forgot = 0
     for key, spans in list(table.items()):
         kept = [span for span in spans if span.until_t_ns is None or span.until_t_ns >= before_ns]
+        forgot += len(spans) - len(kept)
         if not kept:
             del table[key]
         elif len(kept) < len(spans):
             table[key] = kept
+    return forgot

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from k8sdiag.facts import (
     NetnsOwner,
     Node,
     Reason,
+    Sample,
     Symbol,
 )
 from k8sdiag.source import Batch
@@ -84,6 +86,12 @@ _LINE: msgspec.json.Decoder[AnyFact | Header | Tick | Checkpoint] = msgspec.json
 _TYPE = msgspec.json.Decoder(msgspec.defstruct("_Type", [("type", str)]))
 
 
+_OPTIONS = {
+    zstd.CompressionParameter.compression_level: LEVEL,
+    zstd.CompressionParameter.checksum_flag: 1,
+}
+
+
 class TraceWriter:
     """Writes batches to a binary file object; each is in the kernel's hands when write() returns."""
 
@@ -110,10 +118,10 @@ class TraceWriter:
                 self._stated.add(fact.id)
             elif isinstance(fact, STATE_FACTS):
                 self._state[_state_key(fact)] = fact
-            elif isinstance(fact, Drops):
+            elif isinstance(fact, (Drops, Sample)):
                 # Keys are many: after a checkpoint each is said again when it is next used.
-                for key_id in fact.key:
-                    if key_id not in self._stated:
+                for key_id in fact.key if isinstance(fact, Drops) else (fact.key,):
+                    if key_id not in self._stated and key_id in self._keys:
                         self._stated.add(key_id)
                         self._line(self._keys[key_id])
             self._line(fact)
@@ -144,7 +152,7 @@ class TraceWriter:
 
     def _flush(self) -> None:
         if self._buffer:
-            frame = zstd.compress(bytes(self._buffer), level=LEVEL)
+            frame = zstd.compress(bytes(self._buffer), options=_OPTIONS)
             self._buffer.clear()
             self._file.write(frame)
             self._file.flush()
@@ -184,7 +192,7 @@ class TraceSource:
         for at, line in self._lines():
             try:
                 record = _decode(line)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 what = "not a k8sdiag trace" if first else f"damaged at byte {at}"
                 raise TraceError(f"{self._name} is {what}: {error}.") from error
             if first:
@@ -234,17 +242,21 @@ class TraceSource:
             text = bytearray()
             while True:
                 try:
-                    text += decompressor.decompress(chunk)
+                    # No more than is needed to see that it is too much: a few bytes may unpack to gigabytes.
+                    text += decompressor.decompress(chunk, max(0, LINE_BYTES_MAX + 1 - len(text)))
                 except zstd.ZstdError as error:
                     if at == 0:
                         raise TraceError(f"{self._name} is not a k8sdiag trace: {error}.") from error
                     self.warning = f"{self._name} is damaged at byte {at}: replayed up to there."
                     return
                 consumed += len(chunk)
-                if decompressor.eof:
-                    break
                 if len(text) > LINE_BYTES_MAX:
                     raise TraceError(f"{self._name}: a frame at byte {at} is larger than any of ours.")
+                if decompressor.eof:
+                    break
+                if not decompressor.needs_input:
+                    chunk = b""
+                    continue
                 chunk = self._file.read(64 << 10)
                 if not chunk:
                     self.warning = f"{self._name} was cut at byte {at + consumed}: replayed up to its last whole frame."
@@ -303,6 +315,8 @@ def create(path: str) -> IO[bytes]:
     if path == "-":
         return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "wb")
     os.fchmod(descriptor, 0o600)
     if os.geteuid() == 0 and "SUDO_UID" in os.environ:
         os.fchown(descriptor, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))

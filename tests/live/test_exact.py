@@ -33,7 +33,12 @@ def test_datagrams_to_a_closed_port_in_a_named_namespace_are_one_row(new_lab: Ne
         "NO_SOCKET",
         "__udp4_lib_rcv" if family == 4 else "__udp6_lib_rcv",
     )
-    assert (row.cause, row.owner.kind, row.owner.how, row.owner.confidence) == ("closed-port", "netns", "netns", "proven")
+    assert (row.cause, row.owner.kind, row.owner.how, row.owner.confidence) == (
+        "closed-port",
+        "netns",
+        "netns",
+        "proven",
+    )
     assert (row.dport, row.dst, row.protocol, row.netns) == (4711, address, "udp", target.inode)
     assert row.peer is not None
     assert row.peer.label == sender.owner
@@ -86,7 +91,9 @@ def test_reading_as_fast_as_possible_during_a_flood_loses_nothing(new_lab: NewLa
     before = target.udp_no_ports()
     with watching(interval_s=0.0001) as watch:
         floods = [
-            threading.Thread(target=target.flood_udp, args=(target.ipv4, 4000 + port, 300_000 // ports), kwargs={"processes": 1})
+            threading.Thread(
+                target=target.flood_udp, args=(target.ipv4, 4000 + port, 300_000 // ports), kwargs={"processes": 1}
+            )
             for port in range(ports)
         ]
         for flood in floods:
@@ -119,7 +126,9 @@ def test_each_fault_has_the_right_owner_cause_and_count(new_lab: NewLab, fault: 
     assert others == []
     if expected.hook:
         assert {row.hook for row in rows} == {expected.hook}
-    (finding,) = [finding for finding in snapshot.findings if expected.owner in {owner.label for owner in finding.victims}]
+    (finding,) = [
+        finding for finding in snapshot.findings if expected.owner in {owner.label for owner in finding.victims}
+    ]
     assert (finding.cause, finding.packets) == (expected.cause, expected.count)
 
 

@@ -41,12 +41,16 @@ def flood(netns: Netns, cpu: int, to: str, port: int) -> subprocess.Popen[str]:
 def test_what_no_program_saw_makes_up_the_difference_to_the_kernels_counters(
     new_lab: Callable[..., Lab],
 ) -> None:
-    lab = new_lab(pods=[PodSpec(kind="netns", name="tx"), PodSpec(kind="netns", name="rx")], ipv6=False, conntrack=False)
+    lab = new_lab(
+        pods=[PodSpec(kind="netns", name="tx"), PodSpec(kind="netns", name="rx")], ipv6=False, conntrack=False
+    )
     sender, receiver = lab.pods
     # sysfs shows the devices of the namespace it was mounted in: `ip netns exec` mounts its own.
     steer = "echo 1 > /sys/class/net/eth0/queues/rx-0/rps_cpus"
     subprocess.run(["ip", "netns", "exec", receiver.name, "sh", "-c", steer], check=True)
-    receiver.tool(["nft", "table ip t { chain o { type filter hook output priority 0; udp dport 7777 counter drop; }; }"])
+    receiver.tool(
+        ["nft", "table ip t { chain o { type filter hook output priority 0; udp dport 7777 counter drop; }; }"]
+    )
     floods = flood(sender, 1, receiver.ipv4, 5555), flood(receiver, 0, sender.ipv4, 7777)
     lost = []
     try:
