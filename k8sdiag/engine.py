@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
+import msgspec
+
 from k8sdiag import causes
 from k8sdiag.facts import KEYS_IN_USE, Capability, Clock, Cost, DropKey, Drops, Lost, Node, Reason, Sample, Symbol
 from k8sdiag.identity import Attribution, Identity
@@ -116,6 +118,8 @@ class Engine:
     def _count(self, drops: Drops, t_ns: int) -> None:
         tick = []
         for key_id, skbs, packets, length in zip(drops.key, drops.skbs, drops.packets, drops.bytes, strict=True):
+            if not skbs:
+                continue
             key = self._keys[key_id]
             entry = key, self._attribute(key, t_ns)
             self._counts.setdefault(entry, _Count()).add(skbs, packets, length)
@@ -263,9 +267,9 @@ class _Line:
         self.ports: set[int] = set()
 
 
-def _rank(row: DropRow) -> tuple[object, ...]:
-    place = row.owner.label, row.reason, row.location, row.dst or "", row.dport or 0, row.src or ""
-    return row.benign, -row.packets, *place
+def _rank(row: DropRow) -> tuple[bool, int, str, bytes]:
+    """Largest first, and a total order: which line was counted first must not show."""
+    return row.benign, -row.packets, row.owner.label, msgspec.json.encode(row)
 
 
 def _drop_count(rows: list[DropRow]) -> DropCount:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -29,16 +30,19 @@ class UsageError(K8sdiagError):
 
 
 class NotPermitted(K8sdiagError):
-    """The kernel does not let this user load BPF programs."""
+    """This process may not load BPF programs and look into other namespaces."""
 
-    def __str__(self) -> str:
-        reason = Exception.__str__(self)
-        return (
-            "Not permitted to load BPF programs"
-            + (f" ({reason})" if reason else "")
-            + ": this takes CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN, CAP_SYS_PTRACE and CAP_SYS_ADMIN"
-            f" (all of root's).\nRun: sudo {command_line()}"
-        )
+    def __init__(self, missing: Sequence[str], *, is_root: bool) -> None:
+        super().__init__("Not permitted to load BPF programs: missing " + ", ".join(missing) + ".")
+        self._is_root = is_root
+
+    def help(self) -> str:
+        if self._is_root:
+            return (
+                "This is root without root's capabilities, as in a container. Run it privileged, in Kubernetes with "
+                "`kubectl debug node/NODE --profile=sysadmin` or `securityContext: {privileged: true}`."
+            )
+        return f"Run: sudo {command_line()}"
 
 
 class BccMissing(K8sdiagError):

@@ -160,7 +160,7 @@ class Identity:
                 sender, receiver = self._at(key.src, key, t_ns), self._at(key.dst, key, t_ns)
                 is_sender = sender is not None and sender.identity == owner.identity
                 is_receiver = receiver is not None and receiver.identity == owner.identity
-                other = key.dst if is_sender or not is_receiver and sender is None else key.src
+                other = key.dst if is_sender or (not is_receiver and sender is None) else key.src
                 return Attribution(owner, self._peer(other, key, t_ns), direction, name)
         for address, other in ((key.src, key.dst), (key.dst, key.src)):
             owner = self._at(address, key, t_ns)
@@ -175,11 +175,14 @@ class Identity:
             return "forward" if transit and self._behind(key, key.ifindex, t_ns) else ""
         to_us = self._is_local(key.dst, key, t_ns)
         from_us = self._is_local(key.src, key, t_ns)
-        if key.hook == "FORWARD" or not (to_us or from_us or _is_group(key.dst)):
-            known = resident.kind == "host" or bool(self._local.get(key.netns))
-            return "forward" if known else ""
         if to_us and from_us:
             return "local"
+        if key.hook == "FORWARD" or not (to_us or from_us or _is_group(key.dst)):
+            if resident.kind != "host" and not self._local.get(key.netns):
+                return ""
+            # A pod passes nothing on: what is not for it was flooded by a bridge, or is a broadcast.
+            passes_on = key.hook == "FORWARD" or resident.kind not in ("pod", "container")
+            return "forward" if passes_on else "in"
         return "out" if from_us else "in"
 
     def _link(self, netns: int, cookie: int, ifindex: int, t_ns: int) -> Link | None:
@@ -201,19 +204,26 @@ class Identity:
 
     def _at(self, address: str, key: DropKey, t_ns: int) -> Owner | None:
         """The owner of an address as seen from the packet's namespace: never guessed between two."""
+        holders = self._holders(address, key, t_ns)
+        if len(holders) != 1:
+            return None
+        owner = self.netns_owner(*holders.pop(), t_ns, "ip")
+        return owner and Owner(owner.kind, owner.name, owner.namespace, owner.workload, owner.uid, "ip", "likely")
+
+    def _holders(self, address: str, key: DropKey, t_ns: int) -> set[tuple[int, int]]:
+        """Inode and cookie of the namespaces that have the address; those next to the packet's, if there are any."""
         spans = _valid(self._addresses.get(address, ()), 0, t_ns)
         if len(spans) > 1:
             near = {(link.peer_netns, link.peer_netns_cookie) for (netns, _), links in self._links.items()
                     if netns == key.netns for link in links}  # fmt: skip
             spans = [span for span in spans if (span.netns, span.netns_cookie) in near] or spans
-        if len({(span.netns, span.netns_cookie) for span in spans}) != 1:
-            return None
-        owner = self.netns_owner(spans[0].netns, spans[0].netns_cookie, t_ns, "ip")
-        return owner and Owner(owner.kind, owner.name, owner.namespace, owner.workload, owner.uid, "ip", "likely")
+        return {(span.netns, span.netns_cookie) for span in spans}
 
     def _peer(self, address: str, key: DropKey, t_ns: int) -> Owner | None:
         if not address or _is_group(address):
             return None
+        if len(self._holders(address, key, t_ns)) > 1:
+            return Owner("unknown", address)
         return self._at(address, key, t_ns) or Owner("external", address, how="ip", confidence="proven")
 
 

@@ -16,6 +16,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import IO
 
@@ -86,7 +87,7 @@ _LINE: msgspec.json.Decoder[AnyFact | Header | Tick | Checkpoint] = msgspec.json
 _TYPE = msgspec.json.Decoder(msgspec.defstruct("_Type", [("type", str)]))
 
 
-_OPTIONS = {
+_OPTIONS: dict[int, int] = {
     zstd.CompressionParameter.compression_level: LEVEL,
     zstd.CompressionParameter.checksum_flag: 1,
 }
@@ -173,6 +174,7 @@ class TraceSource:
         self._file = file
         self._name = name
         self._closed = False
+        self._keys: set[int] = set()
         self.header = Header()
         self.warning = ""
 
@@ -205,12 +207,29 @@ class TraceSource:
                     yield Batch(record.t_ns, tuple(facts))
                     facts = []
                 case _:
+                    if not self._makes_sense(record):
+                        raise TraceError(f"{self._name} is damaged at byte {at}: a {record.__struct_config__.tag} "
+                                         "record contradicts itself or what stands before it.")  # fmt: skip
                     facts.append(record)
             if self._closed:
                 break
         self.close_file()
         if first:
             raise TraceError(f"{self._name} is not a k8sdiag trace: it holds no whole frame.")
+
+    def _makes_sense(self, fact: AnyFact) -> bool:
+        """What the engine relies on and the shape of a line does not assure."""
+        match fact:
+            case DropKey():
+                self._keys.add(fact.id)
+                return _is_address(fact.src) and _is_address(fact.dst)
+            case Address():
+                return _is_address(fact.address)
+            case Drops():
+                lengths = {len(fact.key), len(fact.skbs), len(fact.packets), len(fact.bytes)}
+                return len(lengths) == 1 and self._keys.issuperset(fact.key)
+            case _:
+                return True
 
     def close(self) -> None:
         self._closed = True
@@ -279,6 +298,13 @@ def _decode(line: bytes) -> AnyFact | Header | Tick | Checkpoint | None:
 
 
 _KINDS = {"header", "tick", "checkpoint"} | {str(fact.__struct_config__.tag) for fact in AnyFact.__args__}
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return not text or bool(ip_address(text))
+    except ValueError:
+        return False
 
 
 def _header(batch: Batch) -> Header:

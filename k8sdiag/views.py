@@ -115,8 +115,8 @@ class Page(NamedTuple):
 
 # Numbers and units
 
-LEAST_PPS = 0.05
-"""What is less would be rounded to 0.0, and 0 is "none"."""
+LEAST = 0.05
+"""With one decimal, what is less would be rounded to 0.0, and 0 is "none"."""
 MINUTE_S, HOUR_S = 60, 3600
 
 
@@ -129,7 +129,7 @@ def rate(pps: float | None) -> str:
     """A rate per second: 0/s, <0.1/s, 12.3/s, 1.2k/s, 3.4M/s."""
     if pps is None:
         return NOT_AVAILABLE
-    if 0 < pps < LEAST_PPS:
+    if 0 < pps < LEAST:
         return "<0.1/s"
     return f"{_scaled(pps)}/s" if pps else "0/s"
 
@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
     """0.4 s, 12 s, 3 min 20 s, 5 h 04 min."""
     whole = round(seconds)
     if whole < MINUTE_S:
-        return f"{seconds:.1f} s" if 0 < seconds < 1 else f"{whole} s"
+        return f"{seconds:.1f} s" if LEAST <= seconds < 1 else f"{whole} s"
     minutes, rest = divmod(whole, MINUTE_S)
     if whole < HOUR_S:
         return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from k8sdiag.causes.cause import Cause, Drop, Severities
@@ -38,7 +39,7 @@ def _netfilter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
 
 
 def _tc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    devices = sorted({row.device for row in rows if row.device}) or ["DEVICE"]
+    devices = [shlex.quote(device) for device in sorted({row.device for row in rows if row.device})] or ["DEVICE"]
     command = "; ".join(
         f"tc filter show dev {device} ingress; tc filter show dev {device} egress" for device in devices[:3]
     )

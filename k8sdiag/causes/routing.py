@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from k8sdiag.causes.cause import Cause, Drop, Severities
@@ -10,7 +11,8 @@ from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 def _rp_filter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     devices = sorted({row.device for row in rows if row.device}) or ["DEVICE"]
-    names = ["all", *devices[:3]]
+    # sysctl(8) takes a dot for a separator and a slash for the dot of a VLAN device.
+    names = ["all", *(shlex.quote(device.replace(".", "/")) for device in devices[:3])]
     return (
         Fix(
             "make reverse-path filtering loose, or mend the routes so that replies leave where requests came in",

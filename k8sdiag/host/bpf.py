@@ -42,11 +42,18 @@ def require_permission() -> None:
     effective = int(status.split("CapEff:")[1].split()[0], 16)
     has = {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
     if not has["CAP_SYS_ADMIN"]:
-        raise NotPermitted("missing " + ", ".join(name for name, there in has.items() if not there))
+        raise NotPermitted([name for name, there in has.items() if not there], is_root=os.geteuid() == 0)
 
 
 # include/uapi/linux/capability.h. CAP_SYS_ADMIN is needed for setns(2); it includes what CAP_BPF and CAP_PERFMON allow.
-_CAPABILITIES = {"CAP_SYS_ADMIN": 21, "CAP_NET_ADMIN": 12, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_CAPABILITIES = {
+    "CAP_SYS_ADMIN": 21,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_SYSLOG": 34,
+    "CAP_PERFMON": 38,
+    "CAP_BPF": 39,
+}
 
 
 def probes_directory() -> Path:
@@ -204,7 +211,7 @@ class Compilation:
     def result(self) -> tuple[dict[str, Any], list[int]]:
         """What the process found out of this kernel, and descriptors: of the program, then of its maps.
 
-        Raises BccMissing, BtfMissing, NotPermitted or ProbeRefused.
+        Raises BccMissing, BtfMissing or ProbeRefused.
         """
         line = b""
         descriptors: list[int] = []
@@ -304,9 +311,7 @@ def _refusal(kind: str, text: str) -> Exception:
         return BccMissing(text)
     if kind == "btf":
         return BtfMissing(text)
-    if kind == "refused" and ("super-user" in text or "not permitted" in text.lower()):
-        return NotPermitted(text.splitlines()[0]) if os.geteuid() else ProbeRefused(_why_refused(text))
-    return ProbeRefused(text)
+    return ProbeRefused(_why_refused(text))
 
 
 def _why_refused(text: str) -> str:

@@ -249,8 +249,8 @@ class _Seen(NamedTuple):
 
 def _drops(symbols: KernelSymbols, vmlinux: Btf | None, root: Path) -> Iterator[Row]:
     """Compile, load and attach the drop probe, let it count drops made on purpose, and detach it."""
-    sensor = DropSensor(Compilation("drops").begin(symbols))
     begin_s = time.perf_counter()
+    sensor = DropSensor(Compilation("drops").begin(symbols))
     try:
         said = sensor.start()
         ready_s = time.perf_counter() - begin_s

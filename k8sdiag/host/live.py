@@ -13,6 +13,7 @@ from pathlib import Path
 from k8sdiag import __version__
 from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
 from k8sdiag.host.bpf import Compilation, possible_cpus
+from k8sdiag.host.instances import Instance
 from k8sdiag.host.inventory import Inventory
 from k8sdiag.host.sensors.drops import DropSensor
 from k8sdiag.host.sensors.unseen import Unseen
@@ -48,11 +49,15 @@ class LiveSource:
         self._drops = DropSensor(compilation, samples_per_s)
         self._inventory = Inventory(root)
         self._unseen = Unseen(self._inventory, self._drops.reason_name, self._symbols.name)
+        self._instance: Instance | None = None
+        self._root = root
         self._clock_ns = 0
 
     def __iter__(self) -> Iterator[Batch]:
         try:
             named = self._drops.start()
+            self._instance = Instance(self._root)
+            named.append(self._instance.capability())
             begin_s = time.monotonic()
             yield Batch(_boottime_ns(), (node_fact(self._inventory), *self._clock(), *named))
             t_ns = _boottime_ns()
@@ -72,6 +77,8 @@ class LiveSource:
                 yield self._tick(last)
         finally:
             self._drops.stop()
+            if self._instance:
+                self._instance.close()
 
     def close(self) -> None:
         """End the iteration after one last read; from any thread."""

@@ -26,8 +26,8 @@ PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47)
 
 
 def six_pods() -> list[PodSpec]:
-    return [PodSpec(namespace, f"{name}-{i}") for namespace, name in (("shop", "cart"), ("billing", "db"), ("ops", "agent"))
-            for i in range(2)]  # fmt: skip
+    deployments = (("shop", "cart"), ("billing", "db"), ("ops", "agent"))
+    return [PodSpec(namespace, f"{name}-{i}") for namespace, name in deployments for i in range(2)]
 
 
 def inject(lab: Lab) -> dict[str, dict[str, int]]:

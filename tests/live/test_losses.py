@@ -66,7 +66,10 @@ def test_what_no_program_saw_makes_up_the_difference_to_the_kernels_counters(
             kernel = receiver.udp_no_ports() + receiver.nft_counter("ip", "t") - before
             counted = sum(row.skbs for row in drops_of(snapshot, receiver.owner))
             assert counted > 10_000
-            assert (counted + snapshot.lost.events, snapshot.lost.keys) == (kernel, 0)
+            # Misses are counted for the whole machine: those of other namespaces' drops are too many here.
+            foreign = snapshot.skbs - sum(row.skbs for row in snapshot.drops if row.netns == receiver.inode)
+            assert 0 <= counted + snapshot.lost.events - kernel <= foreign
+            assert snapshot.lost.keys == 0
             lost.append(snapshot.lost.events)
     finally:
         for process in floods:

@@ -62,9 +62,7 @@ def named_namespaces() -> set[str]:
 
 def tracing_programs() -> set[int]:
     """Ids of the loaded BPF programs of the types that k8sdiag attaches."""
-    listed = subprocess.run(
-        ["bpftool", "-j", "prog", "show"], capture_output=True, text=True, check=True
-    ).stdout
+    listed = subprocess.run(["bpftool", "-j", "prog", "show"], capture_output=True, text=True, check=True).stdout
     types = {"raw_tracepoint", "tracepoint", "tracing", "kprobe", "perf_event"}
     return {program["id"] for program in json.loads(listed) if program["type"] in types}
 
@@ -110,9 +108,7 @@ def installed(request: pytest.FixtureRequest, built: Path, tmp_path_factory: pyt
     return environment
 
 
-def test_the_installed_command_names_its_version_without_the_checkout(
-    installed: Path, tmp_path: Path
-) -> None:
+def test_the_installed_command_names_its_version_without_the_checkout(installed: Path, tmp_path: Path) -> None:
     command = [str(installed / "bin/k8sdiag"), "--version"]
     done = run(hiding([str(CHECKOUT)], command), clean_environment(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -191,9 +187,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def test_a_verb_that_reads_the_kernel_names_the_missing_bcc_package(
     launcher: list[str], tmp_path: Path, words: list[str], status: int
 ) -> None:
-    done = run(
-        hiding([f"{DIST_PACKAGES}/bcc"], [*launcher, "--no-install", *words]), clean_environment(tmp_path)
-    )
+    done = run(hiding([f"{DIST_PACKAGES}/bcc"], [*launcher, "--no-install", *words]), clean_environment(tmp_path))
     assert done.returncode == status
     assert done.stdout == ""
     assert re.search(r"packages of the distribution: (python3-bpfcc|python3-bcc) ", done.stderr), done.stderr
@@ -202,9 +196,7 @@ def test_a_verb_that_reads_the_kernel_names_the_missing_bcc_package(
 
 @pytest.mark.parametrize("words", [["explain", "--list"], ["check", "--help"], ["--help"]])
 def test_what_reads_no_kernel_runs_without_bcc(launcher: list[str], tmp_path: Path, words: list[str]) -> None:
-    done = run(
-        hiding([f"{DIST_PACKAGES}/bcc"], [*launcher, "--no-install", *words]), clean_environment(tmp_path)
-    )
+    done = run(hiding([f"{DIST_PACKAGES}/bcc"], [*launcher, "--no-install", *words]), clean_environment(tmp_path))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout
 
@@ -224,9 +216,7 @@ def test_without_root_no_package_is_asked_for(public_directory: Path) -> None:
         shutil.copytree(CHECKOUT / part, checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(CHECKOUT / "pyproject.toml", checkout)
     launcher = ["env", f"K8SDIAG_VENV={venv}", str(checkout / "scripts/k8sdiag")]
-    prepared = subprocess.run(
-        [*launcher, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False
-    )
+    prepared = subprocess.run([*launcher, "--version"], stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert prepared.returncode == 0, prepared.stderr
 
     unprivileged = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", *launcher]

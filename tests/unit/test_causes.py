@@ -351,7 +351,6 @@ def test_fixes_without_a_device_or_an_address_still_can_be_read() -> None:
         assert not any("None" in field for fix in one.fix for field in (fix.action, fix.command, fix.scope, fix.undo))
 
 
-@pytest.mark.xfail(strict=True, reason="device names go into commands unquoted, and a pod may choose them")
 @pytest.mark.parametrize("slug", ["rp-filter", "tc-bpf-drop", "qdisc-overlimit"])
 def test_a_device_name_cannot_become_a_command_of_its_own(slug: str) -> None:
     # the kernel refuses only '/', ':' and white space in names (dev_valid_name())
@@ -361,7 +360,6 @@ def test_a_device_name_cannot_become_a_command_of_its_own(slug: str) -> None:
         assert command == "nothing to undo" or any("v;reboot" in word for word in words)
 
 
-@pytest.mark.xfail(strict=True, reason="sysctl(8) takes the dot of a VLAN device for a separator")
 def test_the_sysctl_of_a_vlan_device_is_spelt_so_that_sysctl_finds_it() -> None:
     (one,) = found(row("rp-filter", CART, 10**6, device="eth0.100"))
     assert "eth0/100" in one.fix[0].command or "/eth0.100/" in one.fix[0].command

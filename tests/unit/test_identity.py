@@ -174,7 +174,6 @@ def test_forgetting_leaves_the_living_alone() -> None:
     assert names(identity, 10**6) == ["cart", "shop", "node-1"]
 
 
-@pytest.mark.xfail(strict=True, reason="forget() changes answers without a new version: the engine's memory keeps them")
 def test_forgetting_is_a_new_version() -> None:
     identity = knowing(NODE, pod(CART, "cart", 1, 5))
     version = identity.version
@@ -217,7 +216,6 @@ def test_saying_a_fact_again_changes_nothing(fact: AnyFact) -> None:
     assert identity.version == version
 
 
-@pytest.mark.xfail(strict=True, reason="a HostPod said again counts as news")
 def test_saying_again_that_a_pod_uses_the_nodes_namespace_changes_nothing() -> None:
     identity = knowing(*FACTS)
     version = identity.version
@@ -361,7 +359,6 @@ def test_at_the_veth_of_the_receiver_the_peer_is_the_sending_pod() -> None:
     assert found.peer.label == "prod/cart"
 
 
-@pytest.mark.xfail(strict=True, reason="a sender outside makes the destination, the owner itself, the peer")
 def test_at_the_veth_of_the_receiver_the_peer_is_the_sender_outside() -> None:
     # a bandwidth limit on the node's end of the veth
     found = who(knowing(*ROUTED), dropped(HOST, OUTSIDE_IP, SHOP_IP, ifindex=TO_SHOP, iif=UPLINK))
@@ -429,7 +426,6 @@ def test_a_folded_row_without_a_veth_belongs_to_its_namespace() -> None:
 
 
 @pytest.mark.parametrize("dst", ["10.244.1.255", "10.244.77.77"])
-@pytest.mark.xfail(strict=True, reason="the veth of a pod leads to the node, which then gets the pod's drop")
 def test_what_a_pod_gets_but_was_not_meant_for_it_is_not_the_nodes(dst: str) -> None:
     # a directed broadcast, or a packet flooded by a bridge
     found = who(knowing(*ROUTED), dropped(CART, SHOP_IP, dst, ifindex=2, iif=2))
@@ -448,7 +444,6 @@ def test_an_address_given_out_again_belongs_to_whoever_has_it_then() -> None:
     assert [who(identity, key, at_s).owner.name for at_s in (2, 5, 5.5, 6, 60)] == ["older"] * 3 + ["shop"] * 2
 
 
-@pytest.mark.xfail(strict=True, reason="an address that lives elsewhere is no longer local to the dead pod that had it")
 def test_the_last_packets_of_a_pod_stay_its_own_when_its_address_was_given_out_again() -> None:
     identity = knowing(
         *ROUTED, pod(STRANGER, "older", 1, 5), veth(STRANGER, 2, "eth0", HOST),
@@ -473,7 +468,6 @@ def test_an_address_that_two_claim_is_nobodys() -> None:
     assert who(identity, behind).owner.label == "prod/cart"
 
 
-@pytest.mark.xfail(strict=True, reason="an address that two claim is called external, with proof")
 def test_an_address_that_two_claim_is_not_called_external() -> None:
     identity = knowing(*BRIDGED, address(SHOP, CART_IP))
     peer = who(identity, dropped(HOST, CART_IP, NODE_IP, ifindex=BRIDGE)).peer

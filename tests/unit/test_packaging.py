@@ -33,9 +33,7 @@ SCRIPTS = [
     *sorted(f"scripts/{path.name}" for path in (CHECKOUT / "scripts").iterdir() if path.is_file()),
 ]
 SHELL_SCRIPTS = [
-    name
-    for name in SCRIPTS
-    if name.endswith(".sh") or (CHECKOUT / name).read_text().startswith("#!/bin/sh\n")
+    name for name in SCRIPTS if name.endswith(".sh") or (CHECKOUT / name).read_text().startswith("#!/bin/sh\n")
 ]
 # what an administrator's shell has, and nothing of the test's own environment
 PLAIN_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -192,16 +190,12 @@ def test_shellcheck_has_no_complaint_about_the_scripts() -> None:
     shellcheck = str(beside_python) if beside_python.exists() else shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run(
-        [shellcheck, "-x", *SHELL_SCRIPTS], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([shellcheck, "-x", *SHELL_SCRIPTS], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize(("words", "status"), [(["replay", "x"], 1), (["check", "x"], 3), (["-v"], 1)])
-def test_no_install_lists_what_is_missing_and_makes_nothing(
-    tmp_path: Path, words: list[str], status: int
-) -> None:
+def test_no_install_lists_what_is_missing_and_makes_nothing(tmp_path: Path, words: list[str], status: int) -> None:
     copy = make_copy(tmp_path / "checkout", "textual==8.2.8", "psutil==7.2.2; sys_platform == 'linux'")
     tmp_path.joinpath("checkout/x").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -343,6 +337,4 @@ def test_a_directory_of_somebody_else_is_not_cleared(tmp_path: Path) -> None:
 
 def test_the_licence_is_the_apache_licence_unchanged() -> None:
     text = (CHECKOUT / "LICENSE").read_bytes()
-    assert (
-        hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
-    )
+    assert hashlib.sha256(text).hexdigest() == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"

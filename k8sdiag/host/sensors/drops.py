@@ -77,8 +77,8 @@ class DropSensor:
         else:
             yield Capability("drops", "full", hook)
         if self._symbols.hidden:
-            why = ("kernel.kptr_restrict hides addresses: functions are shown as numbers, hooks stay UNKNOWN; "
-                   "sysctl -w kernel.kptr_restrict=1")  # fmt: skip
+            why = ("kernel.kptr_restrict (or a missing CAP_SYSLOG) hides addresses: functions are shown as numbers, "
+                   "some hooks stay UNKNOWN; sysctl -w kernel.kptr_restrict=1")  # fmt: skip
             yield Capability("symbols", "missing", "/proc/kallsyms", why)
         else:
             yield Capability("symbols", "full", "/proc/kallsyms")
