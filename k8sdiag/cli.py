@@ -7,6 +7,7 @@ verbs that read traces work where bcc, root and Linux are absent.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -52,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failure = 3 if options.verb == "check" else 0
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a sign that this terminal lacks is no reason to stop
     try:
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
@@ -335,10 +339,22 @@ WINDOW_S = 60.0
 
 
 def _screen(options: argparse.Namespace, source: Source, mode: str) -> int:
+    from k8sdiag import report
     from k8sdiag.explain import text
     from k8sdiag.tui.app import run
+    from k8sdiag.views import ViewState
 
-    return run(source, _engine(options, WINDOW_S), mode, explain=lambda topic: text(topic, 78))
+    filtered = bool(options.namespace or options.pod)
+    return run(
+        source,
+        _engine(options, WINDOW_S),
+        mode,
+        getattr(options, "interval", 1.0),
+        explain=lambda topic: text(topic, 78),
+        as_json=lambda snapshot: report.as_json(report.check(snapshot, filtered=filtered)),
+        state=ViewState(all_drops=options.all_drops),
+        end_with_source=getattr(options, "duration", None) is not None,
+    )
 
 
 def _require_terminal() -> None:
@@ -448,7 +464,7 @@ def _record(options: argparse.Namespace) -> int:
         with _ended_by_signals(source):
             for batch in source:
                 if writer is None:  # the probe is attached: only now is there something to write
-                    writer = TraceWriter(create(path))
+                    writer = TraceWriter(create(path, is_new=not options.write))
                     if path != "-":
                         print(f"k8sdiag: recording to {path}, Ctrl-C ends it", file=sys.stderr)
                 writer.write(batch)

@@ -248,6 +248,7 @@ class Engine:
             conntrack=key.conntrack.lower() or None,
             device=attribution.device,
             netns=key.netns,
+            inside=attribution.inside,
             skbs=count.skbs,
             packets=count.packets,
             bytes=count.bytes,
@@ -327,7 +328,7 @@ def _fold_rest(rows: list[DropRow], limit: int) -> list[DropRow]:
         rest[ident] = DropRow(
             reason="__other__", location="__other__", hook=None, cause=row.cause, benign=row.benign,
             owner=row.owner, peer=None, service=None, direction="", family=None, protocol=None, src=None, dst=None,
-            sport=None, dport=None, reply=None, conntrack=None, device=None, netns=0,
+            sport=None, dport=None, reply=None, conntrack=None, device=None, netns=0, inside="",
             skbs=row.skbs + (sums.skbs if sums else 0),
             packets=row.packets + (sums.packets if sums else 0),
             bytes=row.bytes + (sums.bytes if sums else 0),

@@ -7,6 +7,7 @@ because their last packets are counted after them.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import NamedTuple, TypeVar
@@ -26,6 +27,8 @@ class Attribution(NamedTuple):
     peer: Owner | None
     direction: Direction
     device: str | None
+    inside: str
+    """Command prefix that enters the namespace the packet was in."""
 
 
 class Resident(NamedTuple):
@@ -144,16 +147,17 @@ class Identity:
         bridge, to the pod that has its source address, else its destination.
         """
         if not key.netns:
-            return Attribution(Owner("unknown", "no network namespace"), None, "", None)
+            return Attribution(Owner("unknown", "no network namespace"), None, "", None, "")
         here = (key.netns, key.netns_cookie, t_ns)
         device = self._link(key.netns, key.netns_cookie, key.ifindex, t_ns)
         name = device.name if device else (f"if{key.ifindex}" if key.ifindex else None)
         how: How = {"SOCKET": "socket", "CONNTRACK": "conntrack"}.get(key.netns_from, "netns")  # type: ignore[assignment]
         resident = self.netns_owner(*here, how) or Owner("unknown", f"netns:{key.netns}")
+        inside = self._entrance(*here)
         direction = self._direction(key, t_ns, resident)
         if direction != "forward":
             other = {"in": key.src, "out": key.dst}.get(direction, "")
-            return Attribution(resident, self._peer(other, key, t_ns), direction, name)
+            return Attribution(resident, self._peer(other, key, t_ns), direction, name, inside)
         for ifindex in (key.ifindex, key.iif):
             owner = self._behind(key, ifindex, t_ns)
             if owner:
@@ -161,12 +165,21 @@ class Identity:
                 is_sender = sender is not None and sender.identity == owner.identity
                 is_receiver = receiver is not None and receiver.identity == owner.identity
                 other = key.dst if is_sender or (not is_receiver and sender is None) else key.src
-                return Attribution(owner, self._peer(other, key, t_ns), direction, name)
+                return Attribution(owner, self._peer(other, key, t_ns), direction, name, inside)
         for address, other in ((key.src, key.dst), (key.dst, key.src)):
             owner = self._at(address, key, t_ns)
             if owner:
-                return Attribution(owner, self._peer(other, key, t_ns), direction, name)
-        return Attribution(resident, self._peer(key.src, key, t_ns), direction, name)
+                return Attribution(owner, self._peer(other, key, t_ns), direction, name, inside)
+        return Attribution(resident, self._peer(key.src, key, t_ns), direction, name, inside)
+
+    def _entrance(self, netns: int, cookie: int, t_ns: int) -> str:
+        if self._node and netns == self._node.netns:
+            return ""
+        spans = _valid(self._owners.get(netns, ()), cookie, t_ns)
+        named = next((span.name for span in spans if span.kind == "netns"), "")
+        if named:
+            return f"ip netns exec {shlex.quote(named)}"
+        return f"nsenter -n -t $(lsns -t net -n -o NS,PID | awk '$1 == {netns} {{print $2}}')"
 
     def _direction(self, key: DropKey, t_ns: int, resident: Owner) -> Direction:
         if not key.src:

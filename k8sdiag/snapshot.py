@@ -66,6 +66,7 @@ class DropRow(msgspec.Struct, frozen=True):
     """untracked, new, confirmed, unknown; None for none."""
     device: str | None
     netns: int
+    """Inode of the network namespace the packet died in, 0 unknown."""
     skbs: int
     packets: int
     bytes: int
@@ -73,6 +74,8 @@ class DropRow(msgspec.Struct, frozen=True):
     """Distinct 5-tuples; None where they were folded for want of room."""
     rate_pps: float
     """Packets per second over the last seconds."""
+    inside: str = ""
+    """What to put before a command to run it in that namespace; empty for the node's own."""
 
 
 class DropCount(msgspec.Struct, frozen=True):

@@ -336,11 +336,14 @@ def _state_key(fact: AnyFact) -> object:
     return type(fact), *_SAME[type(fact)](fact)
 
 
-def create(path: str) -> IO[bytes]:
-    """A new trace file, mode 0600, belonging to the user behind sudo. "-" is standard output."""
+def create(path: str, *, is_new: bool = False) -> IO[bytes]:
+    """A trace file, mode 0600, belonging to the user behind sudo. "-" is standard output.
+
+    `is_new` refuses a name that exists, a link too: for names that nobody chose. Raises OSError.
+    """
     if path == "-":
         return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_EXCL if is_new else os.O_TRUNC), 0o600)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         return os.fdopen(descriptor, "wb")
     os.fchmod(descriptor, 0o600)

@@ -66,3 +66,9 @@ class Cause(NamedTuple):
     """Look-alikes, and what tells them apart; holds for every finding of this cause."""
     fix: Callable[[Sequence[DropRow]], tuple[Fix, ...]]
     confidence: Confidence = "proven"
+
+
+def within(rows: Sequence[DropRow], *commands: str) -> str:
+    """One command line that runs each of these in the network namespace of the (largest) drops."""
+    inside = rows[0].inside
+    return "; ".join(f"{inside} {command}" if inside else command for command in commands)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities
+from k8sdiag.causes.cause import Cause, Drop, Severities, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 _QDISC_REASONS = frozenset(
@@ -34,7 +34,7 @@ def _qdisc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             "raise the bandwidth limit (annotation kubernetes.io/ingress-bandwidth or egress-bandwidth), or send less",
-            f"tc -s qdisc show dev {shlex.quote(device)}",
+            within(rows, f"tc -s qdisc show dev {shlex.quote(device)}"),
             f"network namespace {rows[0].netns}, device {device}",
             "the device's queue was full: it is fed faster than its limit lets it send",
             "none: this only shows the queue",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities
+from k8sdiag.causes.cause import Cause, Drop, Severities, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 _TC_LOCATIONS = frozenset(("sch_handle_ingress", "sch_handle_egress"))
@@ -22,10 +22,10 @@ def _is_tc(drop: Drop) -> bool:
 
 def _netfilter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     where = f"network namespace {rows[0].netns}"
-    if any(row.location == "nft_do_chain" for row in rows):
-        command = "nft -a list ruleset | grep -n -B3 -A3 -E 'drop|reject'"
-    else:
-        command = "iptables-legacy-save -c | grep -E 'DROP|REJECT|:'; nft -a list ruleset | grep -nE 'drop|reject'"
+    native = "nft -a list ruleset | grep -n -B3 -A3 -E 'drop|reject'"
+    legacy = "iptables-legacy-save -c | grep -E 'DROP|REJECT'"
+    is_native = any(row.location == "nft_do_chain" for row in rows)
+    command = within(rows, native) if is_native else within(rows, legacy, native)
     return (
         Fix(
             "find the rule, then allow the flow or accept that it is refused",
@@ -40,13 +40,11 @@ def _netfilter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
 
 def _tc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     devices = [shlex.quote(device) for device in sorted({row.device for row in rows if row.device})] or ["DEVICE"]
-    command = "; ".join(
-        f"tc filter show dev {device} ingress; tc filter show dev {device} egress" for device in devices[:3]
-    )
+    shows = [f"tc filter show dev {device} {way}" for device in devices[:3] for way in ("ingress", "egress")]
     return (
         Fix(
             "look at the classifier that drops; with Cilium, ask its own monitor",
-            command + "; cilium-dbg monitor --type drop",
+            within(rows, *shows) + "; cilium-dbg monitor --type drop",
             f"network namespace {rows[0].netns}",
             "a tc or BPF program returned TC_ACT_SHOT",
             "none: this only lists filters",

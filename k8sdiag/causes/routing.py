@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities
+from k8sdiag.causes.cause import Cause, Drop, Severities, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 
@@ -16,11 +16,11 @@ def _rp_filter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             "make reverse-path filtering loose, or mend the routes so that replies leave where requests came in",
-            "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=2" for name in names),
+            within(rows, "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=2" for name in names)),
             f"network namespace {rows[0].netns}; the stricter of all and the device's own value acts",
             "the route back to the source does not leave by the device the packet came in by",
             "loose mode accepts packets whose source is reachable by any device",
-            "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=1" for name in names),
+            within(rows, "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=1" for name in names)),
         ),
     )
 
@@ -30,7 +30,11 @@ def _no_route_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             "see why there is no route, and let the CNI program it again",
-            f"ip route get {destination}; ip route show table all | grep -E '^(unreachable|blackhole|prohibit)'",
+            within(
+                rows,
+                f"ip route get {destination}",
+                "ip route show table all | grep -E '^(unreachable|blackhole|prohibit)'",
+            ),
             f"network namespace {rows[0].netns}",
             "the routing table has no usable entry for these destinations",
             "none: this only looks",

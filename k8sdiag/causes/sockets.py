@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from k8sdiag.causes.benign import TCP, UDP
-from k8sdiag.causes.cause import Cause, Drop, Severities
+from k8sdiag.causes.cause import Cause, Drop, Severities, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 
@@ -31,7 +31,7 @@ def _closed_port_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             f"start what should listen on {named}, bind it to the pod's address, or stop sending to it",
-            "ss -lntup",
+            within(rows, "ss -lntup"),
             f"network namespace {rows[0].netns}",
             "packets reach the address, and no socket is bound there",
             "none: this only lists listeners",

@@ -12,12 +12,10 @@ import errno
 import json
 import mmap
 import os
-import platform
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +26,8 @@ from k8sdiag.host.symbols import KernelSymbols
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBC = ctypes.CDLL(None, use_errno=True)
-_BPF = {"x86_64": 321, "aarch64": 280}.get(platform.machine(), 321)
-_MEMBARRIER = {"x86_64": 324, "aarch64": 283}.get(platform.machine(), 324)
+_BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
+_MEMBARRIER = {"x86_64": 324, "aarch64": 283}.get(os.uname().machine, 324)
 _MAP_CREATE, _MAP_UPDATE, _PROG_INFO, _RAW_TRACEPOINT_OPEN, _DRAIN_BATCH = 0, 2, 15, 17, 25
 _MAP_LOOKUP = 1
 _ARRAY, _ARRAY_OF_MAPS = 2, 12
@@ -178,7 +176,7 @@ class Compilation:
 
     def __init__(self, probe: str) -> None:
         self._probe = probe
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115 -- closed by result()
+        self._words = os.fdopen(os.memfd_create("k8sdiag"), "w+b")
         self._channel, theirs = socket.socketpair()
         with theirs:
             start = "import sys; sys.path.insert(0, sys.argv.pop()); from k8sdiag.host.loader import main; main()"
