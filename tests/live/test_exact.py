@@ -69,6 +69,22 @@ def test_a_million_drops_as_fast_as_two_cores_make_them_are_all_counted(new_lab:
     assert (counted, snapshot.lost.events, snapshot.lost.keys) == (kernel, 0, 0)
 
 
+def test_a_million_drops_by_a_rule_are_all_counted(new_lab: NewLab) -> None:
+    lab = new_lab(pods=[POD, NETNS], ipv6=False, conntrack=False)
+    sender, receiver = lab.pods
+    lab.node.tool(
+        ["nft", "table ip t { chain f { type filter hook forward priority 0; udp dport 4711 counter drop; }; }"]
+    )
+    with watching() as watch:
+        sender.flood_udp(receiver.ipv4, 4711, 1_000_000)
+        snapshot = watch.end()
+    kernel = lab.node.nft_counter("ip", "t")
+    assert kernel == 1_000_000
+    rows = drops_of(snapshot, sender.owner)
+    assert {(row.reason, row.hook, row.cause) for row in rows} == {("NETFILTER_DROP", "FORWARD", "networkpolicy-drop")}
+    assert (sum(row.skbs for row in rows), snapshot.lost.events, snapshot.lost.keys) == (kernel, 0, 0)
+
+
 def test_a_flood_from_random_addresses_costs_detail_but_never_totals(new_lab: NewLab) -> None:
     lab = new_lab(pods=[NETNS], ipv6=False, conntrack=False)
     (target,) = lab.pods
