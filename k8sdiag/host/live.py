@@ -15,6 +15,7 @@ from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
 from k8sdiag.host.bpf import Compilation, possible_cpus
 from k8sdiag.host.instances import Instance
 from k8sdiag.host.inventory import Inventory
+from k8sdiag.host.sensors.counters import NetnsCounters
 from k8sdiag.host.sensors.drops import DropSensor
 from k8sdiag.host.sensors.unseen import Unseen
 from k8sdiag.host.symbols import KernelSymbols
@@ -48,7 +49,8 @@ class LiveSource:
         self._symbols = compilation.symbols
         self._drops = DropSensor(compilation, samples_per_s)
         self._inventory = Inventory(root)
-        self._unseen = Unseen(self._inventory, self._drops.reason_name, self._symbols.name)
+        self._counters = NetnsCounters(self._inventory)
+        self._unseen = Unseen(self._drops.reason_name, self._symbols.name)
         self._instance: Instance | None = None
         self._root = root
         self._clock_ns = 0
@@ -62,7 +64,7 @@ class LiveSource:
             yield Batch(_boottime_ns(), (node_fact(self._inventory), *self._clock(), *named))
             t_ns = _boottime_ns()
             who = tuple(self._inventory.facts(t_ns))
-            self._unseen.start()
+            self._unseen.before(self._counters.read(everything=True))
             yield Batch(t_ns, who)
             tick = 0
             last = False
@@ -85,7 +87,7 @@ class LiveSource:
         self._closing.set()
 
     def _tick(self, last: bool) -> Batch:
-        self._unseen.before(everything=last)
+        self._unseen.before(self._counters.read(everything=last))
         counted = self._drops.read(last=last)
         missed = self._unseen.after(counted)
         t_ns = _boottime_ns()
@@ -97,6 +99,7 @@ class LiveSource:
             and not self._inventory.knows(fact.netns, fact.netns_cookie, fact.ifindex)
         }
         self._inventory.suspect(strange)
+        self._counters.busy(self._unseen.active)
         who = list(self._inventory.facts(t_ns))
         return Batch(t_ns, (*self._clock(), *who, *counted, self._lost(missed), self._cost()))
 
