@@ -67,7 +67,9 @@ def _finding(cause: Cause, rows: Sequence[DropRow], seconds: float, ignored: Cal
     return Finding(
         cause=cause.slug,
         severity=cause.severities.judge(packets, seconds),
-        confidence=cause.confidence,
+        confidence="likely"
+        if cause.confidence == "proven" and not all(row.reason for row in rows)
+        else cause.confidence,
         ignored=all(ignored(cause.slug, owner) for owner, _ in victims),
         title=cause.title,
         victims=tuple(owner for owner, _ in victims),

@@ -82,6 +82,8 @@ def is_benign(drop: Drop) -> bool:
         return False
     if drop.family == 0:
         return True
+    if drop.reason in ("", "NOT_SPECIFIED") and drop.location == "icmpv6_rcv":
+        return True  # kernels up to 6.1 end every ICMPv6 message that they have dealt with there
     if drop.reason == "NO_SOCKET" and drop.protocol == UDP and drop.sport == DNS:
         return True  # the answer came after the resolver had given up and closed its socket
     if drop.reason in ("", "NOT_SPECIFIED") and drop.protocol == TCP and drop.location in _TCP_ENDINGS:

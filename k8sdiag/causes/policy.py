@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from k8sdiag.causes.cause import Cause, Drop, Severities, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
-_TC_LOCATIONS = frozenset(("sch_handle_ingress", "sch_handle_egress"))
+# Where kernels without reasons (before 5.17) drop for a classifier; a protocol nobody handles, which ends in the
+# first of these too, is no IP and benign.
+_TC_LOCATIONS = frozenset(("__netif_receive_skb_core", "sch_handle_ingress", "sch_handle_egress"))
 _NETFILTER_LOCATIONS = frozenset(("nf_hook_slow", "nf_hook_slow_list", "nft_do_chain"))
 
 

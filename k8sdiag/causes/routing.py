@@ -43,6 +43,12 @@ def _no_route_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     )
 
 
+def _is_rp_filter(drop: Drop) -> bool:
+    if drop.reason == "IP_RPFILTER":
+        return True
+    return not drop.reason and drop.location in ("ip_rcv_finish_core", "ip_rcv_finish")
+
+
 def _is_no_route(drop: Drop) -> bool:
     if drop.reason in ("IP_INNOROUTES", "IP_OUTNOROUTES", "IP_INADDRERRORS"):
         return True
@@ -54,7 +60,7 @@ CAUSES = (
         slug="rp-filter",
         title="reverse-path filtering drops packets",
         severities=Severities(0.1, 10.0, 3),
-        claims=lambda drop: drop.reason == "IP_RPFILTER",
+        claims=_is_rp_filter,
         feels="Traffic works one way, or only through one of several interfaces.",
         proof="Drop reason IP_RPFILTER; TcpExt IPReversePathFilter of that namespace counts the same packets.",
         ruled_out=(RuledOut("networkpolicy-drop", "dropped by the routing code before any filter hook"),),

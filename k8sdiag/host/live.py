@@ -50,7 +50,6 @@ class LiveSource:
         self._drops = DropSensor(compilation, samples_per_s)
         self._inventory = Inventory(root)
         self._counters = NetnsCounters(self._inventory)
-        self._unseen = Unseen(self._drops.reason_name, self._symbols.name)
         self._instance: Instance | None = None
         self._root = root
         self._clock_ns = 0
@@ -64,6 +63,7 @@ class LiveSource:
             yield Batch(_boottime_ns(), (node_fact(self._inventory), *self._clock(), *named))
             t_ns = _boottime_ns()
             who = tuple(self._inventory.facts(t_ns))
+            self._unseen = Unseen(self._drops.reasons, self._symbols.name)
             self._unseen.before(self._counters.read(everything=True))
             yield Batch(t_ns, who)
             tick = 0

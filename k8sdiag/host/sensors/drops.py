@@ -64,7 +64,7 @@ class DropSensor:
         self._switch()
         probe.attach("kfree_skb")
         return [
-            *(Reason(int(number), name) for number, name in probe.about["reasons"].items()),
+            *(Reason(number, name) for number, name in self.reasons.items()),
             *self._capabilities(),
         ]
 
@@ -99,10 +99,11 @@ class DropSensor:
 
         return Losses(total(wire.Loss.KEYS), total(wire.Loss.SAMPLES), total(wire.Loss.HOOKS))
 
-    def reason_name(self, number: int) -> str:
-        """What this kernel calls a drop reason, without its SKB_DROP_REASON_; empty where it has none."""
+    @property
+    def reasons(self) -> dict[int, str]:
+        """What this kernel calls its drop reasons, without their SKB_DROP_REASON_; empty before 5.17."""
         assert self._probe is not None
-        return str(self._probe.about["reasons"].get(str(number), ""))
+        return {int(number): name for number, name in self._probe.about["reasons"].items()}
 
     def read(self, *, last: bool = False) -> list[AnyFact]:
         """Facts of what was dropped since the last read: new keys and names first, then one Drops, then samples.

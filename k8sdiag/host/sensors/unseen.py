@@ -42,8 +42,10 @@ _SOFTNET = "softnet dropped"
 class Unseen:
     """Compares what the kernel counted with what the program counted, cumulatively since the start."""
 
-    def __init__(self, reason_name: Callable[[int], str], symbol_name: Callable[[int], str]) -> None:
-        self._reason_name = reason_name
+    def __init__(self, reasons: dict[int, str], symbol_name: Callable[[int], str]) -> None:
+        """`reasons`: the kernel's names for its drop reasons; a counter of one that it lacks is not compared."""
+        self._reasons = reasons
+        self._counters = [counter for counter in COUNTERS if counter.reason in reasons.values()]
         self._symbol_name = symbol_name
         self._started: dict[Space, dict[str, int]] = {}
         self._kernel: dict[Space, dict[str, int]] = {}
@@ -58,12 +60,11 @@ class Unseen:
 
         Where a namespace is met for the first time, nothing is taken to have been missed in it so far.
         """
+        names = [*(counter.name for counter in self._counters), _SOFTNET]
         counters = {space: reading.protocols for space, reading in readings.items()}
         counters[_MACHINE] = {_SOFTNET: read_softnet_dropped()}
         for space, values in counters.items():
-            named = {
-                name: values[name] for name in (*(counter.name for counter in COUNTERS), _SOFTNET) if name in values
-            }
+            named = {name: values[name] for name in names if name in values}
             if space not in self._started:
                 ours = self._ours.get(space, {})
                 self._started[space] = {name: value - ours.get(name, 0) for name, value in named.items()}
@@ -92,10 +93,10 @@ class Unseen:
         return sum(self._gaps.values())
 
     def _classify(self, key: DropKey) -> tuple[Space, str] | None:
-        reason = self._reason_name(key.reason)
+        reason = self._reasons.get(key.reason)
         if reason == "CPU_BACKLOG" or self._symbol_name(key.location) == "enqueue_to_backlog":
             return _MACHINE, _SOFTNET
-        for counter in COUNTERS:
+        for counter in self._counters:
             if (counter.reason, counter.family) == (reason, key.family) and counter.protocol in (0, key.protocol):
                 return (key.netns, key.netns_cookie), counter.name
         return None
