@@ -271,7 +271,7 @@ def _valid(spans: Sequence[_Spanned], cookie: int, t_ns: int) -> list[_Spanned]:
     if cookie:
         exact = [span for span in spans if span.netns_cookie == cookie]
         if exact:
-            return exact
+            return [span for span in exact if span.until_t_ns is None or t_ns <= span.until_t_ns] or exact
         spans = [span for span in spans if not span.netns_cookie]
     alive = [
         span for span in spans

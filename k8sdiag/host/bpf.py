@@ -195,7 +195,7 @@ class Compilation:
         self.symbols = symbols
         from k8sdiag.host.loader import SYMBOLS
 
-        spans = {symbol: span for symbol in SYMBOLS if (span := symbols.span(symbol))}
+        spans = symbols.spans(SYMBOLS)
         request = {
             "probe": self._probe,
             "probes": str(probes_directory()),

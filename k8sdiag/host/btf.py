@@ -23,6 +23,9 @@ KIND_VAR, KIND_DATASEC, KIND_FLOAT, KIND_DECL_TAG, KIND_TYPE_TAG, KIND_ENUM64 = 
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("<HBBIIIII")
 _TYPE = struct.Struct("<III")
+_ENUMERATOR = struct.Struct("<Ii")
+_ENUMERATOR64 = struct.Struct("<III")
+_SIGNED_ENUMERATOR64 = struct.Struct("<IIi")
 # Bytes that follow the 12-byte type record: a fixed part and a part per member (btf.rst, "type encoding").
 _FIXED = {KIND_INT: 4, KIND_ARRAY: 12, KIND_VAR: 4, KIND_DECL_TAG: 4}
 _PER_MEMBER = {
@@ -51,6 +54,8 @@ class Btf:
         magic, _, _, header_len, type_at, type_len, string_at, string_len = _HEADER.unpack_from(blob)
         if magic != _MAGIC:
             raise BtfError(f"not little-endian BTF (magic {magic:#x})")
+        if len(blob) < header_len + max(type_at + type_len, string_at + string_len):
+            raise BtfError("BTF blob is shorter than its header says")
         self._below = below
         self._types = blob[header_len + type_at : header_len + type_at + type_len]
         self._strings = blob[header_len + string_at : header_len + string_at + string_len]
@@ -90,13 +95,18 @@ class Btf:
         if not type_id:
             return {}
         types, at, _, kind, vlen = self._record(type_id)
-        step = _PER_MEMBER[kind]
-        return {
-            self._string(struct.unpack_from("<I", types, at + i * step)[0]): struct.unpack_from(
-                "<i", types, at + i * step + 4
-            )[0]
-            for i in range(vlen)
-        }
+        record = _ENUMERATOR
+        if kind == KIND_ENUM64:  # kind_flag says whether the upper half carries a sign
+            record = _SIGNED_ENUMERATOR64 if _kind_flag(types, at) else _ENUMERATOR64
+        values = {}
+        for i in range(vlen):
+            name_at, low, *high = record.unpack_from(types, at + i * record.size)
+            values[self._string(name_at)] = high[0] << 32 | low if high else low
+        return values
+
+    def function(self, name: str) -> int | None:
+        """Id of a function's type, which is what fentry programs are loaded with; None where there is none."""
+        return self._find(name, KIND_FUNC) or None
 
     def tracepoint_args(self, name: str) -> int | None:
         """How many arguments the raw tracepoint passes; None where there is no such tracepoint.
@@ -141,6 +151,8 @@ class Btf:
         return self._strings[start : self._strings.index(b"\0", start)].decode()
 
     def _string_offset(self, text: str) -> int | None:
+        if self._strings.startswith(text.encode() + b"\0"):  # a module's strings begin without an empty one
+            return self._first_string
         at = self._strings.find(b"\0" + text.encode() + b"\0")
         if at >= 0:
             return self._first_string + at + 1
@@ -170,7 +182,7 @@ class Btf:
         if kind not in (KIND_STRUCT, KIND_UNION):
             return None
         # With kind_flag the upper 8 bits of the offset word hold a bit-field's width.
-        kind_flag = struct.unpack_from("<I", types, at - 8)[0] >> 31
+        kind_flag = _kind_flag(types, at)
         for i in range(vlen):
             name_at, member_type, word = _TYPE.unpack_from(types, at + i * 12)
             bits = word & 0xFFFFFF if kind_flag else word
@@ -181,6 +193,11 @@ class Btf:
             elif self._string(name_at) == name:
                 return bits, member_type
         return None
+
+
+def _kind_flag(types: bytes, at: int) -> bool:
+    """The flag of the type whose members start there: its meaning depends on the kind."""
+    return bool(struct.unpack_from("<I", types, at - 8)[0] >> 31)
 
 
 def _read(path: Path) -> bytes:

@@ -27,7 +27,7 @@ from k8sdiag import __version__
 from k8sdiag.errors import BccMissing, BtfMissing, K8sdiagError, bcc_install_command, command_line
 from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, HostPod, NetnsOwner, Sample, Status
 from k8sdiag.host.bpf import Compilation, bpf
-from k8sdiag.host.btf import KIND_FUNC, Btf, BtfError
+from k8sdiag.host.btf import Btf, BtfError
 from k8sdiag.host.instances import DIRECTORY, also_running, living
 from k8sdiag.host.inventory import Inventory, netns
 from k8sdiag.host.sensors.drops import DropSensor
@@ -428,7 +428,7 @@ def _fentry(vmlinux: Btf | None, root: Path) -> Row:
     type_id = 0
     if vmlinux is not None:
         # 5.17 gave the function its reason and its name
-        type_id = vmlinux._find(function, KIND_FUNC) or vmlinux._find("kfree_skb_list", KIND_FUNC)  # noqa: SLF001
+        type_id = vmlinux.function(function) or vmlinux.function("kfree_skb_list")
     remedy = "boot a kernel that permits BPF_PROG_TYPE_TRACING (x86-64 from 5.5 on, arm64 from 6.0 on)"
     if lacking := _TO_LOAD - _held(root):
         remedy = _more_rights(root, sorted(lacking))

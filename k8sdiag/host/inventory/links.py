@@ -1,87 +1,105 @@
-"""Network devices and addresses of one namespace, asked over rtnetlink from inside it."""
+"""Devices and addresses of one namespace, and what lies behind its veths."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import TypeVar
+
+from msgspec.structs import replace
 
 from k8sdiag.facts import Address, Link
+from k8sdiag.host.inventory import netns, rtnetlink
+from k8sdiag.host.inventory.rtnetlink import Device
+
+_Key = TypeVar("_Key")
+_Inner = TypeVar("_Inner", Link, Address)
 
 
-class Peers:
-    """Which namespace is meant by a "link netnsid" of another: each namespace numbers the others by itself."""
+class Interior:
+    """The inside of a network namespace, kept to say what changed since the last look."""
 
-    def __init__(self, paths: dict[int, tuple[str, int]]) -> None:
-        """`paths` leads from inode to (a path that opens it, its cookie), likely peers first."""
-        self._paths = paths
+    def __init__(self, inode: int, cookie: int) -> None:
+        self.links: dict[int, Link] = {}
+        self.addresses: dict[str, Address] = {}
+        self._inode = inode
+        self._cookie = cookie
+        self._dump = b""
+        self._nearby: dict[int, tuple[int, int]] = {}
+        """(inode, cookie) by the number this namespace gave the other: each numbers the others by itself."""
+        self.strangers: frozenset[int] = frozenset()
+        """Numbers of namespaces that veths lead to and that nobody among the living has."""
+        self._asked: frozenset[tuple[int, int]] = frozenset()
 
-    def resolve(self, route: Any, wanted: set[int]) -> dict[int, tuple[int, int]]:
-        """(inode, cookie) by netnsid, as the namespace of the open rtnetlink socket numbers them."""
-        found: dict[int, tuple[int, int]] = {}
-        for inode, (path, cookie) in self._paths.items():
-            if len(found) == len(wanted):
+    def look(self, path: str, t_ns: int, living: dict[tuple[int, int], str]) -> list[Link | Address]:
+        """What is new, different or gone. Raises OSError.
+
+        `living` leads from inode and cookie of every namespace to a path that opens it, likely peers first.
+        """
+        with netns.inside(path, self._inode):
+            route = rtnetlink.Route()
+        with route:  # asked from home, where /proc/self means us
+            dump = route.dump()
+            if dump == self._dump and (not self.strangers or self._asked == living.keys()):
+                return []
+            devices, addresses = rtnetlink.parse(dump)
+            wanted = {device.netnsid for device in devices if device.kind == "veth" and device.netnsid is not None}
+            self._resolve(route, wanted, living)
+        self._dump = dump
+        return [
+            *_changes(self.links, {device.ifindex: self._link(device, t_ns) for device in devices}, t_ns),
+            *_changes(
+                self.addresses,
+                {address: Address(self._inode, address, self._cookie, t_ns) for address in addresses}, t_ns,
+            ),
+        ]  # fmt: skip
+
+    def ended(self, t_ns: int) -> list[Link | Address]:
+        """Everything that was inside, its namespace being gone."""
+        return [*_changes(self.links, {}, t_ns), *_changes(self.addresses, {}, t_ns)]
+
+    def _resolve(self, route: rtnetlink.Route, wanted: set[int], living: dict[tuple[int, int], str]) -> None:
+        """Find out who is meant by the numbers `wanted`: one question for each candidate, so answers are kept."""
+        # A number is given out again only after its namespace has ended.
+        self._nearby = {number: ident for number, ident in self._nearby.items() if ident in living}
+        answered = set(self._nearby.values())
+        for ident, path in living.items():
+            if wanted <= self._nearby.keys():
                 break
-            try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
+            if ident in answered:
                 continue
             try:
-                number = route.get_netnsid(fd=fd)["nsid"]
-            finally:
-                os.close(fd)
-            if number in wanted:
-                found[number] = inode, cookie
-        return found
+                fd = netns.opened(path, ident[0])
+                try:
+                    number = route.netnsid(fd)
+                finally:
+                    os.close(fd)
+            except OSError:  # gone in this moment
+                continue
+            if number >= 0:
+                self._nearby[number] = ident
+        self.strangers = frozenset(wanted - self._nearby.keys())
+        self._asked = frozenset(living)
+
+    def _link(self, device: Device, t_ns: int) -> Link:
+        peer = (0, 0)
+        if device.kind == "veth":
+            here = (self._inode, self._cookie)
+            peer = here if device.netnsid is None else self._nearby.get(device.netnsid, (0, 0))
+        return Link(
+            self._inode, device.ifindex, device.name, self._cookie, device.kind, device.link, *peer, device.mtu, t_ns
+        )
 
 
-class Interior(NamedTuple):
-    links: tuple[Link, ...]
-    addresses: tuple[Address, ...]
-
-
-def interior(netns: int, cookie: int, t_ns: int, peers: Peers) -> Interior:
-    """Devices and addresses of the current namespace. Raises OSError.
-
-    For a veth the namespace of its other end is found without entering it, by RTM_GETNSID.
-    """
-    # 150 ms and 24 MB: only where a namespace is really looked into.
-    from pyroute2 import IPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
-
-    try:
-        with IPRoute() as route:
-            devices = list(route.get_links())
-            wanted = {number for device in devices if (number := _peer_number(device)) is not None}
-            nearby = peers.resolve(route, wanted) if wanted else {}
-            links = tuple(_links(netns, cookie, t_ns, devices, nearby))
-            addresses = tuple(
-                Address(netns, str(entry.get("local") or entry.get("address")), cookie, t_ns)
-                for entry in route.get_addr()
-            )
-    except NetlinkError as error:
-        raise OSError(error.code, str(error)) from error
-    return Interior(links, addresses)
-
-
-def _peer_number(device: Any) -> int | None:
-    return device.get("link_netnsid") if _kind(device) == "veth" else None
-
-
-def _kind(device: Any) -> str:
-    info = device.get("linkinfo")
-    return str(info.get("kind") or "") if info else ""
-
-
-def _links(
-    netns: int, cookie: int, t_ns: int, devices: list[Any], nearby: dict[int, tuple[int, int]]
-) -> Iterable[Link]:
-    for device in devices:
-        peer: tuple[int, int] = (0, 0)
-        if _kind(device) == "veth":
-            number = _peer_number(device)
-            peer = (netns, cookie) if number is None else nearby.get(number, (0, 0))
-        yield Link(
-            netns, device["index"], device.get("ifname"), cookie, _kind(device),
-            device.get("link") or 0, *peer, device.get("mtu") or 0, t_ns,
-        )  # fmt: skip
+def _changes(known: dict[_Key, _Inner], now: dict[_Key, _Inner], t_ns: int) -> Iterator[_Inner]:
+    """What is new, different or gone; `known` is brought up to date."""
+    for ident in known.keys() - now.keys():
+        yield replace(known.pop(ident), until_t_ns=t_ns)
+    for ident, fact in now.items():
+        before = known.get(ident)
+        if before is not None:
+            if replace(before, from_t_ns=fact.from_t_ns) == fact:
+                continue
+            yield replace(before, until_t_ns=t_ns)
+        known[ident] = fact
+        yield fact

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h, from 5.14
@@ -26,31 +28,56 @@ def own_inode() -> int:
     return 0
 
 
-def named(root: Path = Path("/")) -> dict[str, int]:
-    """Inode by name of what is mounted under /run/netns. A name whose mount is still to come is left out."""
-    directory = root / "run/netns"
-    found = {}
+class Name(NamedTuple):
+    """A name under /run/netns and what is mounted there."""
+
+    name: str
+    inode: int
+    since_ns: int
+    """When the kernel made the inode, wall clock: another one, though its number is the same, is another namespace."""
+
+
+def named(root: Path = Path("/")) -> list[Name]:
+    """All names under /run/netns. One whose mount is still to come is left out."""
+    found = []
     try:
         nsfs = os.stat("/proc/self/ns/net").st_dev
-        for entry in os.scandir(directory):
-            stat = entry.stat()
-            if stat.st_dev == nsfs:
-                found[entry.name] = stat.st_ino
+        entries = list(os.scandir(root / "run/netns"))
     except OSError:
-        pass
+        return []
+    for entry in entries:
+        try:
+            stat = entry.stat()
+        except OSError:  # deleted in this moment
+            continue
+        if stat.st_dev == nsfs:
+            found.append(Name(entry.name, stat.st_ino, stat.st_ctime_ns))
     return found
 
 
-@contextmanager
-def inside(path: str) -> Iterator[None]:
-    """Run the body in the namespace that `path` refers to. Only this thread moves. Raises OSError.
+def opened(path: str, inode: int = 0) -> int:
+    """A descriptor of the namespace that `path` refers to, to be closed. Raises OSError.
 
-    The namespace is not kept alive: nothing stays open afterwards.
+    With `inode`, ESTALE where it is no longer that one: a process may have gone elsewhere since it was looked at.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    if inode and os.fstat(fd).st_ino != inode:
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    return fd
+
+
+@contextmanager
+def inside(path: str, inode: int = 0) -> Iterator[None]:
+    """Run the body in the namespace that `path` refers to, as opened() says. Only this thread moves. Raises OSError.
+
+    The namespace is not kept alive: nothing stays open afterwards. In the body, /proc/self/ns/net and the like of
+    this process's own id lead to where the thread is now: paths are to be opened before.
     """
     with _one_at_a_time:
         home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            there = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            there = opened(path, inode)
             try:
                 _enter(there)
             finally:

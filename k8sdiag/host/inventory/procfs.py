@@ -15,10 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 _HEX = "[0-9a-f]"
-_POD = re.compile(rf"(?:/|-)pod({_HEX}{{8}}(?:[-_]{_HEX}{{4}}){{3}}[-_]{_HEX}{{12}}|{_HEX}{{32}})(?=[./]|$)")
-_CONTAINER = re.compile(rf"({_HEX}{{64}})(?:\.scope)?(?:/|$)")
+_POD = re.compile(
+    rf"(?:/|-)pod({_HEX}{{8}}(?:[-_]{_HEX}{{4}}){{3}}[-_]{_HEX}{{12}}|{_HEX}{{32}})(?=[./]|$)", re.MULTILINE
+)
+_CONTAINER = re.compile(rf"({_HEX}{{64}})(?:\.scope)?(?:/|$)", re.MULTILINE)
 YOUNG_SCANS = 3
 """A process is looked at again in this many scans: it may move to its namespace and cgroup after it began."""
+SCANS_PER_ROUND = 32
+"""Within this many scans everybody is looked at anew: numbers are given out again, and a process may move late."""
 
 
 class Process(NamedTuple):
@@ -37,7 +41,13 @@ class PodName(NamedTuple):
 
 
 def cgroup_owner(text: str) -> tuple[str, str]:
-    """(pod uid, container id) found in the text of /proc/PID/cgroup, each empty where there is none."""
+    """(pod uid, container id) found in the text of /proc/PID/cgroup, each empty where there is none.
+
+    conmon, which CRI-O may keep in the cgroup of a pod that it watches, belongs to no pod: it is in the network
+    namespace of the node.
+    """
+    if "/crio-conmon-" in text:
+        return "", ""
     pods = _POD.findall(text)
     containers = _CONTAINER.findall(text)
     return (pods[-1].replace("_", "-") if pods else ""), (containers[-1] if containers else "")
@@ -48,38 +58,40 @@ class Processes:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._proc = root / "proc"
-        self._known: dict[int, tuple[Process, int]] = {}
+        self._known: dict[int, tuple[Process | None, int]] = {}
         self._turn = 0
 
     def scan(self) -> list[Process]:
-        """Those alive now that have a namespace we may read; kernel threads are left out."""
+        """Those alive now that have a namespace we may read."""
         alive = {int(name) for name in os.listdir(self._proc) if name.isdigit()}
         self._turn += 1
         for pid in self._known.keys() - alive:
             del self._known[pid]
         for pid in alive:
             known = self._known.get(pid)
-            # Numbers are given out again: everybody is looked at anew once in sixteen scans.
-            if known and known[1] >= YOUNG_SCANS and (pid + self._turn) % 16:
+            if known and known[1] >= YOUNG_SCANS and (pid + self._turn) % SCANS_PER_ROUND:
                 continue
-            process = self._look(pid)
-            if process:
-                self._known[pid] = process, (known[1] + 1 if known else 1)
-            else:
-                self._known.pop(pid, None)
-        return [process for process, _ in self._known.values()]
+            self._known[pid] = self._look(pid), (known[1] + 1 if known else 1)
+        return [process for process, _ in self._known.values() if process]
 
     def _look(self, pid: int) -> Process | None:
         directory = f"{self._proc}/{pid}"
         try:
             netns = os.stat(f"{directory}/ns/net").st_ino
-            with open(f"{directory}/cgroup", encoding="ascii", errors="replace") as file:
-                uid, container = cgroup_owner(file.read())
-            with open(f"{directory}/comm", encoding="utf-8", errors="replace") as file:
-                comm = file.read().strip()
+            uid, container = cgroup_owner(_read(f"{directory}/cgroup"))
+            comm = _read(f"{directory}/comm").strip()
         except OSError:  # gone, a zombie, or not ours to read
             return None
         return Process(pid, netns, uid, container, comm)
+
+
+def _read(path: str) -> str:
+    """A short file of /proc; open() with a decoder costs twice as much."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 16).decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 class PodLogs:
@@ -88,18 +100,25 @@ class PodLogs:
     def __init__(self, root: Path = Path("/")) -> None:
         self._directory = root / "var/log/pods"
         self._changed_ns = -1
+        self._settled = False
         self._names: dict[str, PodName] = {}
 
     def names(self) -> dict[str, PodName]:
+        """The same object again while nothing changes."""
         try:
             changed_ns = self._directory.stat().st_mtime_ns
-            if changed_ns != self._changed_ns:
-                self._names = {
+            # The time stamp is coarse: a second change within milliseconds of the first leaves it as it is.
+            if changed_ns != self._changed_ns or not self._settled:
+                self._settled = changed_ns == self._changed_ns
+                self._changed_ns = changed_ns
+                names = {
                     parts[2]: PodName(parts[0], parts[1])
                     for entry in os.listdir(self._directory)
                     if len(parts := entry.split("_")) == 3
                 }
-                self._changed_ns = changed_ns
+                if names != self._names:
+                    self._names = names
         except OSError:
+            self._changed_ns = -1
             self._names = {}
         return self._names
