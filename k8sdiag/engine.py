@@ -6,10 +6,11 @@ Pure: no clock but that of the facts, no I/O. The same batches give the same Sna
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from k8sdiag import causes
 from k8sdiag.facts import KEYS_IN_USE, Capability, Clock, Cost, DropKey, Drops, Lost, Node, Reason, Sample, Symbol
@@ -29,14 +30,24 @@ ROW_LIMIT = 500
 RATE_NS = 5 * 10**9
 """Rates are those of the last five seconds: long enough not to flicker, short enough to see a change."""
 SAMPLES_KEPT = 1000
+FLOWS_KEPT = 4000
+"""Flows of a window that are kept apart; in a flood of more, each goes under its owner and what explains it."""
 
 _FAMILIES: dict[int, Literal["ipv4", "ipv6"]] = {2: "ipv4", 10: "ipv6"}
 _PROTOCOLS = {1: "icmp", 2: "igmp", 4: "ipip", 6: "tcp", 17: "udp", 41: "ipv6", 47: "gre", 50: "esp",
               58: "icmpv6", 132: "sctp"}  # fmt: skip
 
 
+class _Entry(NamedTuple):
+    """What a count in the window stands for."""
+
+    key: DropKey
+    attribution: Attribution
+    cause: str
+
+
 class _Count:
-    """Mutable sums of one line of drops."""
+    """Mutable sums of one entry."""
 
     __slots__ = ("bytes", "packets", "skbs")
 
@@ -79,9 +90,12 @@ class Engine:
         self._reasons: dict[int, str] = {}
         self._symbols: dict[int, str] = {}
         self._keys: dict[int, DropKey] = {}
-        self._attributions: dict[tuple[DropKey, int], Attribution] = {}
-        self._counts: dict[tuple[DropKey, Attribution], _Count] = {}
-        self._ticks: deque[tuple[int, list[tuple[tuple[DropKey, Attribution], int, int, int]]]] = deque()
+        self._entries: dict[DropKey, _Entry] = {}
+        self._entries_version = 0
+        self._counts: dict[_Entry, _Count] = {}
+        self._ticks: deque[tuple[int, dict[_Entry, _Count]]] = deque()
+        self._totals: deque[tuple[int, Lost, Cost | None]] = deque([(0, Lost(), None)])
+        """Losses and costs since the start of the watch, at each tick of the window and at the one before it."""
 
     def fold(self, batch: Batch) -> None:
         """Take in one batch."""
@@ -116,23 +130,28 @@ class Engine:
         self._expire()
 
     def _count(self, drops: Drops, t_ns: int) -> None:
-        tick = []
+        tick: dict[_Entry, _Count] = {}
         for key_id, skbs, packets, length in zip(drops.key, drops.skbs, drops.packets, drops.bytes, strict=True):
             if not skbs:
                 continue
-            key = self._keys[key_id]
-            entry = key, self._attribute(key, t_ns)
-            self._counts.setdefault(entry, _Count()).add(skbs, packets, length)
-            tick.append((entry, skbs, packets, length))
+            entry = self._entry(self._keys[key_id], t_ns)
+            if entry not in self._counts and len(self._counts) >= FLOWS_KEPT:
+                entry = _folded(entry)
+            for counts in (self._counts, tick):
+                counts.setdefault(entry, _Count()).add(skbs, packets, length)
         self._ticks.append((t_ns, tick))
 
-    def _attribute(self, key: DropKey, t_ns: int) -> Attribution:
-        at = key, self.identity.version
-        known = self._attributions.get(at)
+    def _entry(self, key: DropKey, t_ns: int) -> _Entry:
+        if self._entries_version != self.identity.version or len(self._entries) > KEYS_IN_USE:
+            self._entries = {}
+            self._entries_version = self.identity.version
+        known = self._entries.get(key)
         if known is None:
-            if len(self._attributions) > KEYS_IN_USE:
-                self._attributions.clear()
-            known = self._attributions[at] = self.identity.attribute(key, t_ns)
+            drop = causes.Drop(
+                self._reason(key.reason), self._symbol(key), key.hook, key.conntrack, key.family, key.protocol,
+                key.src, key.dst, key.sport, key.dport,
+            )  # fmt: skip
+            known = self._entries[key] = _Entry(key, self.identity.attribute(key, t_ns), causes.cause_of(drop))
         return known
 
     def _expire(self) -> None:
@@ -145,10 +164,14 @@ class Engine:
             while self._ticks and self._ticks[0][0] <= self._t_ns - RATE_NS:
                 self._ticks.popleft()
             return
-        while self._ticks and self._ticks[0][0] <= self._t_ns - self._window_ns:
-            for entry, skbs, packets, length in self._ticks.popleft()[1]:
+        self._totals.append((self._t_ns, self._lost, self._cost))
+        start_ns = self._t_ns - self._window_ns
+        while len(self._totals) > 1 and self._totals[1][0] <= start_ns:
+            self._totals.popleft()
+        while self._ticks and self._ticks[0][0] <= start_ns:
+            for entry, old in self._ticks.popleft()[1].items():
                 count = self._counts[entry]
-                count.add(-skbs, -packets, -length)
+                count.add(-old.skbs, -old.packets, -old.bytes)
                 if not count.skbs:
                     del self._counts[entry]
 
@@ -156,6 +179,8 @@ class Engine:
         """Let the window begin now. What is known of namespaces, names and keys stays."""
         self._counts.clear()
         self._ticks.clear()
+        self._totals.clear()
+        self._totals.append((self._t_ns, self._lost, self._cost))
         self._first_t_ns = self._t_ns
 
     def _seconds(self) -> float:
@@ -165,51 +190,65 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The state after the last batch."""
-        rows = self._rows()
-        window = causes.Window(self._seconds(), rows)
+        rows, connections = self._rows()
+        window = causes.Window(self._seconds(), rows, connections)
+        _, lost, cost = self._totals[0]
         return Snapshot(
             t_ns=self._t_ns,
             window_s=window.seconds,
             boot_to_wall_ns=self._clock.boot_to_wall_ns,
             node=self._node,
             findings=tuple(causes.findings(window, self._ignored)),
-            namespaces=_namespaces(rows),
-            owners=_owners(rows),
+            namespaces=_namespaces(rows, connections),
+            owners=_owners(rows, connections),
             drops=tuple(_fold_rest(rows, self._row_limit)),
             total=_drop_count(rows),
             skbs=sum(row.skbs for row in rows),
             rate_pps=sum(row.rate_pps for row in rows if not row.benign),
-            lost=self._lost,
-            cost=self._cost,
+            lost=_lost_since(lost, self._lost),
+            cost=_cost_since(cost, self._cost),
             capabilities=tuple(self._capabilities.values()),
         )
 
-    def _rows(self) -> list[DropRow]:
-        """All lines of the window, largest first; flows that differ in their source port only are one line."""
-        recent: dict[tuple[DropKey, Attribution], int] = {}
+    def _rows(self) -> tuple[list[DropRow], causes.Connections]:
+        """All lines of the window, largest first, and a count of distinct connections in any of them.
+
+        Flows that differ in their source port only are one line.
+        """
+        recent: dict[_Entry, int] = {}
         oldest_ns = self._t_ns - RATE_NS
         for t_ns, tick in self._ticks:
             if t_ns > oldest_ns:
-                for entry, _, packets, _ in tick:
-                    recent[entry] = recent.get(entry, 0) + packets
+                for entry, count in tick.items():
+                    recent[entry] = recent.get(entry, 0) + count.packets
         rate_s = max(min(self._seconds(), RATE_NS / 1e9), 1e-9)
         lines: dict[tuple[object, ...], _Line] = {}
         for entry, count in self._counts.items():
-            key, attribution = entry
+            key = entry.key
             ident = (
                 key.reason, self._symbol(key), key.hook, key.conntrack, key.family, key.protocol, key.netns,
-                key.netns_cookie, key.src, key.dst, key.dport, key.folded, attribution,
+                key.netns_cookie, key.src, key.dst, key.dport, key.folded, entry.attribution, entry.cause,
             )  # fmt: skip
             line = lines.get(ident)
             if line is None:
-                line = lines[ident] = _Line(key, attribution)
+                line = lines[ident] = _Line(entry)
             line.count.add(count.skbs, count.packets, count.bytes)
             line.recent += recent.get(entry, 0)
-            line.ports.add(key.sport)
-        rows = [self._row(line, rate_s) for line in lines.values()]
-        if self._keep:
-            rows = [row for row in rows if self._keep(row)]
-        return sorted(rows, key=_rank)
+            line.flows.add((key.protocol, key.src, key.sport, key.dst, key.dport))
+        rows: list[DropRow] = []
+        flows: dict[int, set[_Flow]] = {}
+        for line in lines.values():
+            row = self._row(line, rate_s)
+            if self._keep is None or self._keep(row):
+                rows.append(row)
+                flows[id(row)] = line.flows
+
+        def connections(chosen: Sequence[DropRow]) -> int | None:
+            if any(row.flows is None for row in chosen):
+                return None
+            return len(set[_Flow]().union(*(flows[id(row)] for row in chosen)))
+
+        return sorted(rows, key=_rank), connections
 
     def _symbol(self, key: DropKey) -> str:
         return self._symbols.get(key.location, f"{key.location:#x}")
@@ -222,15 +261,10 @@ class Engine:
         return str(number) if number else ""
 
     def _row(self, line: _Line, rate_s: float) -> DropRow:
-        key, attribution, count = line.key, line.attribution, line.count
-        drop = causes.Drop(
-            self._reason(key.reason), self._symbol(key), key.hook, key.conntrack, key.family, key.protocol,
-            key.src, key.dst, key.sport, key.dport,
-        )  # fmt: skip
-        cause = causes.cause_of(drop)
+        (key, attribution, cause), count = line.entry, line.count
         return DropRow(
-            reason=drop.reason,
-            location=drop.location,
+            reason=self._reason(key.reason),
+            location=self._symbol(key),
             hook=key.hook or None,
             cause=cause,
             benign=cause == causes.BENIGN,
@@ -242,7 +276,7 @@ class Engine:
             protocol=_PROTOCOLS.get(key.protocol, str(key.protocol)) if key.family else None,
             src=key.src or None,
             dst=key.dst or None,
-            sport=key.sport if len(line.ports) == 1 and key.sport else None,
+            sport=key.sport if len(line.flows) == 1 and key.sport else None,
             dport=key.dport or None,
             reply=None,
             conntrack=key.conntrack.lower() or None,
@@ -252,20 +286,46 @@ class Engine:
             skbs=count.skbs,
             packets=count.packets,
             bytes=count.bytes,
-            flows=None if key.folded else len(line.ports),
+            flows=None if key.folded else len(line.flows),
             rate_pps=line.recent / rate_s,
         )
 
 
-class _Line:
-    __slots__ = ("attribution", "count", "key", "ports", "recent")
+_Flow: TypeAlias = tuple[int, str, int, str, int]
 
-    def __init__(self, key: DropKey, attribution: Attribution) -> None:
-        self.key = key
-        self.attribution = attribution
+
+class _Line:
+    __slots__ = ("count", "entry", "flows", "recent")
+
+    def __init__(self, entry: _Entry) -> None:
+        self.entry = entry
         self.count = _Count()
         self.recent = 0
-        self.ports: set[int] = set()
+        self.flows: set[_Flow] = set()
+
+
+def _folded(entry: _Entry) -> _Entry:
+    """The entry without what tells flows apart: still of the same owner and cause."""
+    key = replace(entry.key, id=0, src="", dst="", sport=0, dport=0, iif=0, folded=True)
+    return _Entry(key, entry.attribution._replace(peer=None), entry.cause)
+
+
+def _lost_since(before: Lost, now: Lost) -> Lost:
+    return Lost(
+        now.events - before.events, now.keys - before.keys, now.samples - before.samples, now.hooks - before.hooks
+    )
+
+
+def _cost_since(before: Cost | None, now: Cost | None) -> Cost | None:
+    """Memory as of now, the rest as the difference."""
+    if now is None or before is None:
+        return now
+    return replace(
+        now,
+        cpu_s=round(now.cpu_s - before.cpu_s, 3),
+        bpf_runs=None if now.bpf_runs is None else now.bpf_runs - (before.bpf_runs or 0),
+        bpf_ns=None if now.bpf_ns is None else now.bpf_ns - (before.bpf_ns or 0),
+    )
 
 
 def _rank(row: DropRow) -> tuple[bool, int, str, bytes]:
@@ -277,23 +337,18 @@ def _drop_count(rows: list[DropRow]) -> DropCount:
     return DropCount(sum(row.packets for row in rows if not row.benign), sum(row.packets for row in rows if row.benign))
 
 
-def _cause_counts(rows: list[DropRow]) -> tuple[CauseCount, ...]:
+def _cause_counts(rows: list[DropRow], connections: causes.Connections) -> tuple[CauseCount, ...]:
     by_cause: dict[str, list[DropRow]] = {}
     for row in rows:
         if not row.benign:
             by_cause.setdefault(row.cause, []).append(row)
     counts = [
-        CauseCount(
-            cause,
-            sum(row.packets for row in group),
-            None if any(row.flows is None for row in group) else sum(row.flows or 0 for row in group),
-        )
-        for cause, group in by_cause.items()
+        CauseCount(cause, sum(row.packets for row in group), connections(group)) for cause, group in by_cause.items()
     ]
     return tuple(sorted(counts, key=lambda count: (-count.packets, count.cause)))
 
 
-def _owners(rows: list[DropRow]) -> tuple[OwnerRow, ...]:
+def _owners(rows: list[DropRow], connections: causes.Connections) -> tuple[OwnerRow, ...]:
     groups: dict[tuple[str, str | None, str, str | None], list[DropRow]] = {}
     for row in rows:
         groups.setdefault(row.owner.identity, []).append(row)
@@ -302,18 +357,20 @@ def _owners(rows: list[DropRow]) -> tuple[OwnerRow, ...]:
             group[0].owner,
             _drop_count(group),
             sum(row.rate_pps for row in group if not row.benign),
-            _cause_counts(group),
+            _cause_counts(group, connections),
         )
         for group in groups.values()
     ]
     return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.owner.label)))
 
 
-def _namespaces(rows: list[DropRow]) -> tuple[NamespaceRow, ...]:
+def _namespaces(rows: list[DropRow], connections: causes.Connections) -> tuple[NamespaceRow, ...]:
     groups: dict[str | None, list[DropRow]] = {}
     for row in rows:
         groups.setdefault(row.owner.namespace, []).append(row)
-    found = [NamespaceRow(name, _drop_count(group), _cause_counts(group)) for name, group in groups.items()]
+    found = [
+        NamespaceRow(name, _drop_count(group), _cause_counts(group, connections)) for name, group in groups.items()
+    ]
     return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.namespace or "")))
 
 

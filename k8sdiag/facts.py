@@ -18,7 +18,7 @@ Confidence: TypeAlias = Literal["proven", "likely", "possible"]
 How: TypeAlias = Literal["socket", "cgroup", "netns", "veth", "conntrack", "ip", "static", "none"]
 REMEMBERED_NS = 600 * 10**9
 """How long owners that are gone stay known, ns of event time: their last packets are counted after them."""
-KEYS_IN_USE = 100_000
+KEYS_IN_USE = 20_000
 """A source uses none of its drop keys whose id lies further back than this behind the newest."""
 
 Status: TypeAlias = Literal["full", "inferred", "counters", "missing"]

@@ -53,6 +53,7 @@ SCHEMA = "k8sdiag/trace/v1"
 SUFFIX = ".k8sd"
 LEVEL = 3
 FRAME_BYTES = 256 << 10
+CENTURIES_NS = 200 * 365 * 86400 * 10**9
 CHECKPOINT_NS = 60 * 10**9
 LINE_BYTES_MAX = 16 << 20
 """A longer line is not ours: the largest real one, a tick's columns, stays below 1 MiB."""
@@ -191,6 +192,7 @@ class TraceSource:
     def __iter__(self) -> Iterator[Batch]:
         facts: list[AnyFact] = []
         first = True
+        last_t_ns = 0
         for at, line in self._lines():
             try:
                 record = _decode(line)
@@ -204,6 +206,9 @@ class TraceSource:
                 case None | Header() | Checkpoint():
                     pass
                 case Tick():
+                    if record.t_ns < last_t_ns:
+                        raise TraceError(f"{self._name} is damaged at byte {at}: time runs backwards.")
+                    last_t_ns = record.t_ns
                     yield Batch(record.t_ns, tuple(facts))
                     facts = []
                 case _:
@@ -222,10 +227,16 @@ class TraceSource:
         match fact:
             case DropKey():
                 self._keys.add(fact.id)
+                if len(self._keys) > 2 * KEYS_IN_USE:
+                    self._keys = {key for key in self._keys if key > fact.id - KEYS_IN_USE}
                 return _is_address(fact.src) and _is_address(fact.dst)
             case Address():
                 return _is_address(fact.address)
+            case Clock():
+                return abs(fact.boot_to_wall_ns) < CENTURIES_NS
             case Drops():
+                if min((0, *fact.skbs, *fact.packets, *fact.bytes)) < 0:
+                    return False
                 lengths = {len(fact.key), len(fact.skbs), len(fact.packets), len(fact.bytes)}
                 return len(lengths) == 1 and self._keys.issuperset(fact.key)
             case _:

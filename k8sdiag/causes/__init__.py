@@ -11,10 +11,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 from k8sdiag.causes import node, policy, routing, sockets
 from k8sdiag.causes.benign import is_benign
-from k8sdiag.causes.cause import Cause, Drop, Severities, Window
+from k8sdiag.causes.cause import Cause, Connections, Drop, Severities, Window
 from k8sdiag.snapshot import DropRow, Evidence, Finding, Owner
 
-__all__ = ["ALL", "BENIGN", "BY_SLUG", "UNEXPLAINED", "Cause", "Drop", "Severities", "Window", "cause_of", "findings"]
+__all__ = [
+    "ALL",
+    "BENIGN",
+    "BY_SLUG",
+    "UNEXPLAINED",
+    "Cause",
+    "Connections",
+    "Drop",
+    "Severities",
+    "Window",
+    "cause_of",
+    "findings",
+]
 
 BENIGN = "benign"
 UNEXPLAINED = Cause(
@@ -46,7 +58,7 @@ def findings(window: Window, ignored: Callable[[str, Owner], bool] = lambda _slu
         if not row.benign:
             whose = row.owner.namespace or row.owner.identity
             groups.setdefault((row.cause, whose), []).append(row)
-    found = [_finding(BY_SLUG[slug], rows, window.seconds, ignored) for (slug, _), rows in groups.items()]
+    found = [_finding(BY_SLUG[slug], rows, window, ignored) for (slug, _), rows in groups.items()]
     order = ("critical", "warning", "info")
 
     def rank(finding: Finding) -> tuple[bool, int, int, str, str]:
@@ -56,17 +68,16 @@ def findings(window: Window, ignored: Callable[[str, Owner], bool] = lambda _slu
     return sorted(found, key=rank)
 
 
-def _finding(cause: Cause, rows: Sequence[DropRow], seconds: float, ignored: Callable[[str, Owner], bool]) -> Finding:
+def _finding(cause: Cause, rows: Sequence[DropRow], window: Window, ignored: Callable[[str, Owner], bool]) -> Finding:
     packets = sum(row.packets for row in rows)
     per_owner: dict[tuple[str, str | None, str, str | None], tuple[Owner, int]] = {}
     for row in rows:
         owner, sum_ = per_owner.get(row.owner.identity, (row.owner, 0))
         per_owner[row.owner.identity] = owner, sum_ + row.packets
     victims = sorted(per_owner.values(), key=lambda pair: (-pair[1], pair[0].label))
-    flows = [row.flows for row in rows]
     return Finding(
         cause=cause.slug,
-        severity=cause.severities.judge(packets, seconds),
+        severity=cause.severities.judge(packets, window.seconds),
         confidence="likely"
         if cause.confidence == "proven" and not all(row.reason for row in rows)
         else cause.confidence,
@@ -75,8 +86,8 @@ def _finding(cause: Cause, rows: Sequence[DropRow], seconds: float, ignored: Cal
         victims=tuple(owner for owner, _ in victims),
         culprits=(),
         packets=packets,
-        connections=None if None in flows else sum(flow for flow in flows if flow is not None),
-        evidence=tuple(_evidence(rows, victims, seconds)),
+        connections=window.connections(rows),
+        evidence=tuple(_evidence(rows, victims, window.seconds)),
         fix=cause.fix(rows),
         ruled_out=cause.ruled_out,
     )

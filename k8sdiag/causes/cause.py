@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from k8sdiag.facts import Confidence
 from k8sdiag.snapshot import DropRow, Fix, RuledOut, Severity
@@ -24,11 +25,21 @@ class Drop(NamedTuple):
     dport: int
 
 
+Connections: TypeAlias = Callable[[Sequence[DropRow]], "int | None"]
+"""How many distinct 5-tuples some rows of a window stand for; None where they were folded."""
+
+
+def all_flows(rows: Sequence[DropRow]) -> int | None:
+    """Connections where rows have no flow in common."""
+    return None if any(row.flows is None for row in rows) else sum(row.flows or 0 for row in rows)
+
+
 class Window(NamedTuple):
     """What the rules judge: the attributed drops of so many seconds."""
 
     seconds: float
     drops: Sequence[DropRow]
+    connections: Connections = all_flows
 
 
 class Severities(NamedTuple):
@@ -66,6 +77,12 @@ class Cause(NamedTuple):
     """Look-alikes, and what tells them apart; holds for every finding of this cause."""
     fix: Callable[[Sequence[DropRow]], tuple[Fix, ...]]
     confidence: Confidence = "proven"
+
+
+def devices_of(rows: Sequence[DropRow]) -> list[str]:
+    """Devices of the drops in the namespace that within() enters, quoted for a shell; a placeholder for none."""
+    names = sorted({row.device for row in rows if row.device and row.inside == rows[0].inside})
+    return [shlex.quote(name) for name in names[:3]] or ["DEVICE"]
 
 
 def within(rows: Sequence[DropRow], *commands: str) -> str:

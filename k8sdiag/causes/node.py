@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities, within
+from k8sdiag.causes.cause import Cause, Drop, Severities, devices_of, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 _QDISC_REASONS = frozenset(
@@ -30,11 +29,11 @@ def _is_backlog(drop: Drop) -> bool:
 
 
 def _qdisc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    device = next((row.device for row in rows if row.device), "DEVICE")
+    device = devices_of(rows)[0]
     return (
         Fix(
             "raise the bandwidth limit (annotation kubernetes.io/ingress-bandwidth or egress-bandwidth), or send less",
-            within(rows, f"tc -s qdisc show dev {shlex.quote(device)}"),
+            within(rows, f"tc -s qdisc show dev {device}"),
             f"network namespace {rows[0].netns}, device {device}",
             "the device's queue was full: it is fed faster than its limit lets it send",
             "none: this only shows the queue",
@@ -47,11 +46,11 @@ def _backlog_fix(_rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             "give softirq work more CPU, or let a burst wait in a longer queue",
-            "sysctl -w net.core.netdev_max_backlog=5000",
+            "sysctl -w net.core.netdev_max_backlog=$((4 * $(sysctl -n net.core.netdev_max_backlog)))",
             "the whole node",
             "a CPU's input queue was full (column 2 of /proc/net/softnet_stat)",
             "a longer queue means more delay under load",
-            "sysctl -w net.core.netdev_max_backlog=1000",
+            "sysctl -w net.core.netdev_max_backlog=$(($(sysctl -n net.core.netdev_max_backlog) / 4))",
         ),
     )
 

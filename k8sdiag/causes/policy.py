@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities, within
+from k8sdiag.causes.cause import Cause, Drop, Severities, devices_of, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 # Where kernels without reasons (before 5.17) drop for a classifier; a protocol nobody handles, which ends in the
@@ -15,7 +14,9 @@ _NETFILTER_LOCATIONS = frozenset(("nf_hook_slow", "nf_hook_slow_list", "nft_do_c
 
 
 def _is_netfilter(drop: Drop) -> bool:
-    return drop.reason == "NETFILTER_DROP" or (not drop.reason and drop.location in _NETFILTER_LOCATIONS)
+    if drop.reason == "NETFILTER_DROP" or drop.hook:
+        return True
+    return not drop.reason and drop.location in _NETFILTER_LOCATIONS
 
 
 def _is_tc(drop: Drop) -> bool:
@@ -41,8 +42,8 @@ def _netfilter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
 
 
 def _tc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    devices = [shlex.quote(device) for device in sorted({row.device for row in rows if row.device})] or ["DEVICE"]
-    shows = [f"tc filter show dev {device} {way}" for device in devices[:3] for way in ("ingress", "egress")]
+    devices = devices_of(rows)
+    shows = [f"tc filter show dev {device} {way}" for device in devices for way in ("ingress", "egress")]
     return (
         Fix(
             "look at the classifier that drops; with Cilium, ask its own monitor",

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 
-from k8sdiag.causes.cause import Cause, Drop, Severities, within
+from k8sdiag.causes.cause import Cause, Drop, Severities, devices_of, within
 from k8sdiag.snapshot import DropRow, Fix, RuledOut
 
 
 def _rp_filter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    devices = sorted({row.device for row in rows if row.device}) or ["DEVICE"]
     # sysctl(8) takes a dot for a separator and a slash for the dot of a VLAN device.
-    names = ["all", *(shlex.quote(device.replace(".", "/")) for device in devices[:3])]
+    names = ["all", *(device.replace(".", "/") for device in devices_of(rows))]
+    settings = [f"net.ipv4.conf.{name}.rp_filter" for name in names]
     return (
         Fix(
             "make reverse-path filtering loose, or mend the routes so that replies leave where requests came in",
-            within(rows, "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=2" for name in names)),
-            f"network namespace {rows[0].netns}; the stricter of all and the device's own value acts",
+            within(rows, "sysctl -w " + " ".join(f"{name}=2" for name in settings)),
+            f"network namespace {rows[0].netns}; the greater of all and the device's own value acts: note both first",
             "the route back to the source does not leave by the device the packet came in by",
             "loose mode accepts packets whose source is reachable by any device",
-            within(rows, "sysctl -w " + " ".join(f"net.ipv4.conf.{name}.rp_filter=1" for name in names)),
+            within(rows, "sysctl -w " + " ".join(f"{name}=1" for name in settings)),
         ),
     )
 

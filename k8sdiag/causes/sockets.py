@@ -44,11 +44,11 @@ def _receive_buffer_fix(_rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     return (
         Fix(
             "let the program ask for a bigger receive buffer (SO_RCVBUF) or read faster; the ceiling is host-wide",
-            "sysctl -w net.core.rmem_max=16777216",
+            "sysctl -w net.core.rmem_max=$((4 * $(sysctl -n net.core.rmem_max)))",
             "the whole node; the program must call setsockopt(SO_RCVBUF) again",
             "the socket's receive queue was full when the datagram arrived",
-            "memory: up to 16 MiB for each socket that asks for it",
-            "sysctl -w net.core.rmem_max=212992",
+            "memory: up to the new ceiling for each socket that asks for it",
+            "sysctl -w net.core.rmem_max=$(($(sysctl -n net.core.rmem_max) / 4))",
         ),
     )
 

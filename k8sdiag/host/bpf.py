@@ -63,7 +63,8 @@ def probes_directory() -> Path:
 def possible_cpus(text: str | None = None) -> int:
     """How many values a per-CPU map has: CPUs that could ever be plugged in. /sys/devices/system/cpu/possible."""
     text = Path("/sys/devices/system/cpu/possible").read_text() if text is None else text
-    return int(text.strip().split(",")[-1].split("-")[-1]) + 1
+    spans = (span.partition("-")[::2] for span in text.strip().split(","))
+    return sum(int(last or first) - int(first) + 1 for first, last in spans)
 
 
 def bpf(command: int, attributes: bytes) -> tuple[int, bytes]:

@@ -428,7 +428,7 @@ def _fentry(vmlinux: Btf | None, root: Path) -> Row:
     type_id = 0
     if vmlinux is not None:
         # 5.17 gave the function its reason and its name
-        type_id = vmlinux.function(function) or vmlinux.function("kfree_skb_list")
+        type_id = vmlinux.function(function) or vmlinux.function("kfree_skb_list") or 0
     remedy = "boot a kernel that permits BPF_PROG_TYPE_TRACING (x86-64 from 5.5 on, arm64 from 6.0 on)"
     if lacking := _TO_LOAD - _held(root):
         remedy = _more_rights(root, sorted(lacking))

@@ -66,16 +66,16 @@ class LiveSource:
             self._unseen = Unseen(self._drops.reasons, self._symbols.name)
             self._unseen.before(self._counters.read(everything=True))
             yield Batch(t_ns, who)
-            tick = 0
+            end_s = None if self._duration_s is None else begin_s + self._duration_s
             last = False
             while not last:
-                tick += 1
-                due_s = begin_s + tick * self._interval_s
-                if self._duration_s is not None:
-                    end_s = begin_s + self._duration_s
-                    last = due_s >= end_s - 0.001
+                now_s = time.monotonic()
+                # Ticks keep to the clock; those that were missed are not made up for.
+                due_s = begin_s + ((now_s - begin_s) // self._interval_s + 1) * self._interval_s
+                if end_s is not None:
                     due_s = min(due_s, end_s)
-                last = self._closing.wait(max(0.0, due_s - time.monotonic())) or last
+                closed = self._closing.wait(max(0.0, due_s - now_s))
+                last = closed or (end_s is not None and time.monotonic() >= end_s - 0.001)
                 yield self._tick(last)
         finally:
             self._drops.stop()
@@ -99,6 +99,7 @@ class LiveSource:
             and not self._inventory.knows(fact.netns, fact.netns_cookie, fact.ifindex)
         }
         self._inventory.suspect(strange)
+        self._unseen.forget(self._inventory.inodes)
         self._counters.busy(self._unseen.active)
         who = list(self._inventory.facts(t_ns))
         return Batch(t_ns, (*self._clock(), *who, *counted, self._lost(missed), self._cost()))

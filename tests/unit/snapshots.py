@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from k8sdiag import causes
+from k8sdiag.causes.cause import all_flows
 from k8sdiag.engine import _drop_count, _namespaces, _owners
 from k8sdiag.facts import Capability, Cost, Lost, Node
 from k8sdiag.snapshot import DropRow, Owner, Snapshot
@@ -49,7 +50,8 @@ def snapshot(
         t_ns=t_ns, window_s=window_s, boot_to_wall_ns=1_790_000_000 * 10**9,
         node=Node("worker-1", "6.18.5", 4026531840, architecture="x86_64"),
         findings=tuple(causes.findings(causes.Window(window_s, rows))),
-        namespaces=_namespaces(rows), owners=_owners(rows), drops=tuple(rows), total=_drop_count(rows),
+        namespaces=_namespaces(rows, all_flows), owners=_owners(rows, all_flows), drops=tuple(rows),
+        total=_drop_count(rows),
         skbs=sum(row.skbs for row in rows), rate_pps=sum(row.rate_pps for row in rows if not row.benign),
         lost=lost or Lost(), cost=cost, capabilities=tuple(capabilities),
     )  # fmt: skip

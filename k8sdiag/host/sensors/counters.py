@@ -30,9 +30,9 @@ class Reading(NamedTuple):
     """/proc/net/stat/nf_conntrack summed over CPUs, and `count`, entries in use; empty without conntrack."""
 
 
-def read_namespace(path: str) -> Reading:
-    """The counters of the namespace that `path` opens. Raises OSError."""
-    with inside(path):
+def read_namespace(path: str, inode: int) -> Reading:
+    """The counters of the namespace that `path` opens. Raises OSError, also when it now opens another one."""
+    with inside(path, inode):
         here = Path("/proc/thread-self/net")
         texts = {name: (here / name).read_text() for name in ("snmp", "snmp6", "netstat") if (here / name).exists()}
         statistics = here / "stat/nf_conntrack"
@@ -100,7 +100,7 @@ class NetnsCounters:
             if not path:
                 continue
             try:
-                reading = read_namespace(path)
+                reading = read_namespace(path, inode)
             except OSError:
                 continue  # gone in this moment
             readings[inode, self._inventory.cookie(inode)] = reading

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import socket
 import struct
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,11 @@ from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, Reason, Sample, S
 from k8sdiag.host import wire
 from k8sdiag.host.bpf import BpfMap, Compilation, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
 
-STACKS_PER_TURN = 5000
-"""Per CPU and tick: at 3 µs each, 1.5 % of a CPU."""
+STACKS_PER_S = 5000
+"""Per CPU: at 3 µs each, 1.5 % of it."""
 FLOWS_PER_TICK = 2000
 """Flows passed on with their addresses per tick, largest first; the rest goes under what explains them."""
-KEYS_REMEMBERED = 50_000
+KEYS_REMEMBERED = 10_000
 
 _EXPLAINS = wire.DROP_KEY.size
 _COOKIE, _NETNS = struct.Struct("<Q"), struct.Struct("<I")
@@ -38,7 +39,10 @@ class DropSensor:
     def __init__(self, compilation: Compilation, samples_per_s: int = 50) -> None:
         self._compilation = compilation
         self._symbols = compilation.symbols
-        self._samples = samples_per_s
+        self._samples_per_s = samples_per_s
+        self._credit = float(samples_per_s)
+        """Samples that may still be taken: grows with time, up to one second's worth."""
+        self._switched_s = time.monotonic() - 1.0
         self._cpus = possible_cpus()
         self._turn = 0
         self._ids: dict[bytes, int] = {}
@@ -131,8 +135,15 @@ class DropSensor:
         """Let the program write to the other maps. Returns the side that it no longer writes to."""
         self._turn += 1
         side = self._turn & 1
+        now_s = time.monotonic()
+        passed_s = min(now_s - self._switched_s, 60.0)
+        self._switched_s = now_s
+        # Each CPU has a budget of its own: with many of them, one sample each now and then.
+        self._credit = min(self._credit + self._samples_per_s * passed_s, max(self._samples_per_s, self._cpus))
+        samples = int(self._credit) // self._cpus if self._samples_per_s else 0
+        self._credit -= samples * self._cpus
         self._control.update(
-            bytes(4), wire.CONTROL.codec.pack(side, self._turn, self._samples // self._cpus + 1, STACKS_PER_TURN)
+            bytes(4), wire.CONTROL.codec.pack(side, self._turn, samples, max(1, int(STACKS_PER_S * passed_s)))
         )
         return 1 - side
 
@@ -162,7 +173,7 @@ class DropSensor:
         if slots is None:
             return
         values = slots.lookup(bytes(4))
-        if not any(values):
+        if values.count(0) == len(values):
             return
         slots.update(bytes(4), bytes(len(values)))
         size, key = wire.FLOW_KEY.size + wire.TALLY.size, wire.FLOW_KEY.size

@@ -51,7 +51,8 @@ class Unseen:
         self._kernel: dict[Space, dict[str, int]] = {}
         self._ours: dict[Space, dict[str, int]] = {}
         self._classes: dict[int, tuple[Space, str] | None] = {}
-        self._gaps: dict[tuple[Space, str], int] = {}
+        self._gaps: dict[Space, dict[str, int]] = {}
+        self._forgotten = 0
         self.active: set[int] = set()
         """Inodes of the namespaces whose counters rose with the drops of the last tick."""
 
@@ -87,10 +88,19 @@ class Unseen:
                         self.active.add(space[0])
         for space, values in self._kernel.items():
             ours = self._ours.get(space, {})
+            gaps = self._gaps.setdefault(space, {})
             for name, value in values.items():
                 gap = value - self._started[space][name] - ours.get(name, 0)
-                self._gaps[space, name] = max(gap, self._gaps.get((space, name), 0))
-        return sum(self._gaps.values())
+                gaps[name] = max(gap, gaps.get(name, 0))
+        return self._forgotten + sum(gap for gaps in self._gaps.values() for gap in gaps.values())
+
+    def forget(self, inodes: Iterable[int]) -> None:
+        """Let go of namespaces that are none of these any more; what was missed in them stays counted."""
+        living = {0, *inodes}
+        for space in [space for space in self._started if space[0] not in living]:
+            self._forgotten += sum(self._gaps.pop(space, {}).values())
+            for table in (self._started, self._kernel, self._ours):
+                table.pop(space, None)
 
     def _classify(self, key: DropKey) -> tuple[Space, str] | None:
         reason = self._reasons.get(key.reason)
