@@ -14,16 +14,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from k8sdiag import __version__
-from k8sdiag.errors import K8sdiagError, TraceError, UsageError
+from k8sdiag.errors import K8sdiagError, UsageError
 
 if TYPE_CHECKING:
     from k8sdiag.engine import Engine
+    from k8sdiag.report import Check
     from k8sdiag.snapshot import DropRow, Owner, Snapshot
     from k8sdiag.source import Source
+    from k8sdiag.trace import TraceSource
 
 OVERVIEW = """\
 Who loses packets on this Kubernetes node, where in the kernel, and why.
@@ -47,37 +49,45 @@ others: 0 done, 1 failed, 2 usage error"""
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb. Returns the exit code; every error has become a message on stderr by then."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(words)
-    if not options.verb:
-        _parser().print_help()
-        return 0
-    failure = 3 if options.verb == "check" else 0
+    # Monitoring systems read 1 and 2 of check as verdicts: what is none must not look like one.
+    failure = 3 if "check" in words else 0
+    options = argparse.Namespace(verbose=False)
     signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a sign that this terminal lacks is no reason to stop
     try:
+        options = _parser(failure or 2).parse_args(words)
+        if not options.verb:
+            _parser(2).print_help()
+            return 0
+        failure = 3 if options.verb == "check" else 0
         run: Callable[[argparse.Namespace], int] = options.run
         code = run(options)
         sys.stdout.flush()
     except K8sdiagError as error:
-        if options.verbose:
-            raise
-        print(f"k8sdiag: {error}", file=sys.stderr)
-        return failure or error.exit_code
+        return _failed(str(error), options, failure or error.exit_code)
     except BrokenPipeError:
         # The reader has seen enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except KeyboardInterrupt:
         return failure
     except OSError as error:
-        if options.verbose:
-            raise
-        print(
-            f"k8sdiag: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), file=sys.stderr
-        )
-        return failure or 1
+        where = f": {error.filename}" if error.filename else ""
+        return _failed(f"{error.strerror or error}{where}", options, failure or 1)
+    except Exception as error:  # noqa: BLE001 -- a fault of ours: said as such, with the right exit code
+        options.verbose = True
+        return _failed(f"internal error: {error!r}; please report this", options, failure or 1)
+    return code
+
+
+def _failed(message: str, options: argparse.Namespace, code: int) -> int:
+    if options.verbose:
+        import traceback
+
+        traceback.print_exc()
+    print(f"k8sdiag: {message}", file=sys.stderr)
     return code
 
 
@@ -86,22 +96,24 @@ def _terminate(_signal: int, _frame: object) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors of `check` are 3: monitoring systems read 2 as critical."""
+    """Says how it is used in one line, and exits with the code for that."""
+
+    usage_code = 2
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.print_usage(sys.stderr)
-        code = 3 if self.prog.endswith(" check") or "check" in sys.argv[1:2] else 2
-        self.exit(code, f"{self.prog}: {message}\n")
+        self.exit(self.usage_code, f"{self.prog}: {message}\n")
 
 
-def _parser() -> _Parser:
+def _parser(usage_code: int) -> _Parser:
+    _Parser.usage_code = usage_code
     formatter = argparse.RawDescriptionHelpFormatter
     parser = _Parser(
         "k8sdiag", description=OVERVIEW, epilog=EXIT_CODES, formatter_class=formatter, usage="k8sdiag VERB [options]"
     )
     parser.add_argument("--version", action="version", version=f"k8sdiag {__version__}")
     parser.set_defaults(verb=None, verbose=False)
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", help=argparse.SUPPRESS, prog="k8sdiag")
 
     common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="add a traceback to errors")
@@ -241,7 +253,8 @@ def _live_source(options: argparse.Namespace, duration: float | None, samples_pe
 def _engine(options: argparse.Namespace, window_s: float | None = None, row_limit: int = 500) -> Engine:
     from k8sdiag.engine import Engine
 
-    return Engine(window_s, row_limit, _ignored(getattr(options, "ignore", [])), _narrowed(options))
+    asked = [f"namespace {name}" for name in options.namespace] + ([f"pods {options.pod}"] if options.pod else [])
+    return Engine(window_s, row_limit, _ignored(getattr(options, "ignore", [])), _narrowed(options), ", ".join(asked))
 
 
 def _narrowed(options: argparse.Namespace) -> Callable[[DropRow], bool] | None:
@@ -288,9 +301,10 @@ def _print(lines: Sequence[str]) -> None:
 
 
 def _width() -> int:
+    """Of the terminal, or $COLUMNS, or 100 where the output goes elsewhere."""
     import shutil
 
-    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "100"))
+    return shutil.get_terminal_size((80 if sys.stdout.isatty() else 100, 24)).columns
 
 
 @contextmanager
@@ -380,10 +394,9 @@ def _check(options: argparse.Namespace) -> int:
     return report.EXIT_CODES[options.style][result.status]
 
 
-def _verdict_lines(snapshot: Snapshot, result: object, trace: str | None) -> list[str]:
+def _verdict_lines(snapshot: Snapshot, result: Check, trace: str | None) -> list[str]:
     from k8sdiag import report
 
-    assert isinstance(result, report.Check)
     line = f"k8sdiag {result.status.upper()}"
     if trace:
         line += f": {trace}, {result.window.duration_s:g} s from {result.window.start}"
@@ -393,7 +406,7 @@ def _verdict_lines(snapshot: Snapshot, result: object, trace: str | None) -> lis
 
 
 def _worst(options: argparse.Namespace) -> Snapshot:
-    """The worst window of --duration in a trace, or all of it."""
+    """The worst whole window of --duration in a trace, or all of it, also where it is shorter."""
     from k8sdiag import report
 
     source = _trace_source(options.trace)
@@ -402,7 +415,7 @@ def _worst(options: argparse.Namespace) -> Snapshot:
     worst_rank = (-1, -1)
     for batch in source:
         engine.fold(batch)
-        if options.whole:
+        if options.whole or engine.seconds < options.duration:
             continue
         snapshot = engine.snapshot()
         rank = ("ok", "warning", "unknown", "critical").index(report.status(snapshot)), snapshot.total.packets
@@ -412,16 +425,15 @@ def _worst(options: argparse.Namespace) -> Snapshot:
     return engine.snapshot() if worst is None else worst
 
 
-def _trace_source(path: str) -> Source:
+def _trace_source(path: str) -> TraceSource:
     from k8sdiag.trace import TraceSource
 
     return TraceSource.open(path)
 
 
-def _warn(source: object) -> None:
-    warning = getattr(source, "warning", "")
-    if warning:
-        print(f"k8sdiag: {warning}", file=sys.stderr)
+def _warn(source: TraceSource) -> None:
+    if source.warning:
+        print(f"k8sdiag: {source.warning}", file=sys.stderr)
 
 
 def _pods(options: argparse.Namespace) -> int:
@@ -469,9 +481,16 @@ def _record(options: argparse.Namespace) -> int:
                         print(f"k8sdiag: recording to {path}, Ctrl-C ends it", file=sys.stderr)
                 writer.write(batch)
                 packets += sum(sum(fact.packets) for fact in batch.facts if isinstance(fact, Drops))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or writer is None:
+            raise
+        raise K8sdiagError(
+            f"Cannot write {path}: {error.strerror}. The {writer.bytes_written} bytes written before can be read."
+        ) from error
     finally:
         if writer is not None:
-            writer.close()
+            with suppress(OSError):  # what could not be written has been said
+                writer.close()
     if writer is not None and path != "-":
         print(f"k8sdiag: {path}: {writer.bytes_written} bytes, {packets} dropped packets", file=sys.stderr)
     return 0
@@ -533,6 +552,3 @@ def _demo(options: argparse.Namespace) -> int:
         options.namespace, options.pod, options.all_drops = [], None, False
         options.interval, options.host_root, options.duration = 1.0, "/", None
         return _top(options)
-
-
-__all__ = ["TraceError", "duration_s", "main"]

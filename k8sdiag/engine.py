@@ -64,7 +64,7 @@ class Engine:
     """Takes batches, keeps a window, gives Snapshots.
 
     `window_s` None keeps everything since the first batch; else what is older than that leaves again. `ignored`
-    marks findings as expected; `keep` narrows everything to the rows it wants.
+    marks findings as expected; `keep` narrows everything to the rows it wants, which `narrowed` says in words.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Engine:
         row_limit: int = ROW_LIMIT,
         ignored: Callable[[str, Owner], bool] = lambda _slug, _owner: False,
         keep: Callable[[DropRow], bool] | None = None,
+        narrowed: str = "",
     ) -> None:
         self.identity = Identity()
         self.samples: deque[Sample] = deque(maxlen=SAMPLES_KEPT)
@@ -80,6 +81,7 @@ class Engine:
         self._row_limit = row_limit
         self._ignored = ignored
         self._keep = keep
+        self._narrowed = narrowed
         self._first_t_ns: int | None = None
         self._t_ns = 0
         self._clock = Clock(0)
@@ -183,7 +185,9 @@ class Engine:
         self._totals.append((self._t_ns, self._lost, self._cost))
         self._first_t_ns = self._t_ns
 
-    def _seconds(self) -> float:
+    @property
+    def seconds(self) -> float:
+        """Length of the window so far."""
         since = self._first_t_ns if self._first_t_ns is not None else self._t_ns
         watched_ns = self._t_ns - since
         return (watched_ns if self._window_ns is None else min(watched_ns, self._window_ns)) / 1e9
@@ -191,7 +195,7 @@ class Engine:
     def snapshot(self) -> Snapshot:
         """The state after the last batch."""
         rows, connections = self._rows()
-        window = causes.Window(self._seconds(), rows, connections)
+        window = causes.Window(self.seconds, rows, connections)
         _, lost, cost = self._totals[0]
         return Snapshot(
             t_ns=self._t_ns,
@@ -208,6 +212,7 @@ class Engine:
             lost=_lost_since(lost, self._lost),
             cost=_cost_since(cost, self._cost),
             capabilities=tuple(self._capabilities.values()),
+            narrowed=self._narrowed,
         )
 
     def _rows(self) -> tuple[list[DropRow], causes.Connections]:
@@ -221,7 +226,7 @@ class Engine:
             if t_ns > oldest_ns:
                 for entry, count in tick.items():
                     recent[entry] = recent.get(entry, 0) + count.packets
-        rate_s = max(min(self._seconds(), RATE_NS / 1e9), 1e-9)
+        rate_s = max(min(self.seconds, RATE_NS / 1e9), 1e-9)
         lines: dict[tuple[object, ...], _Line] = {}
         for entry, count in self._counts.items():
             key = entry.key

@@ -60,8 +60,8 @@ class BtfMissing(K8sdiagError):
     """The kernel does not describe its types, so no probe can find its way in them."""
 
     HELP = (
-        "Probes need a kernel built with CONFIG_DEBUG_INFO_BTF=y (file /sys/kernel/btf/vmlinux): every Debian, "
-        "Ubuntu, RHEL 8.2+ and Amazon Linux 2023 kernel has it.\nIn a container, mount the host's /sys."
+        "Probes need a kernel built with CONFIG_DEBUG_INFO_BTF=y (file /sys/kernel/btf/vmlinux): "
+        "kernels of Debian 11, Ubuntu 22.04, RHEL 9 and later have it.\nIn a container, mount the host's /sys."
     )
 
     def __str__(self) -> str:

@@ -166,3 +166,5 @@ class Snapshot(msgspec.Struct, frozen=True):
     lost: Lost
     cost: Cost | None
     capabilities: tuple[Capability, ...]
+    narrowed: str = ""
+    """In words, to what the rows were narrowed; empty for everything."""

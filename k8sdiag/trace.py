@@ -218,7 +218,7 @@ class TraceSource:
                     facts.append(record)
             if self._closed:
                 break
-        self.close_file()
+        self._file.close()
         if first:
             raise TraceError(f"{self._name} is not a k8sdiag trace: it holds no whole frame.")
 
@@ -244,10 +244,6 @@ class TraceSource:
 
     def close(self) -> None:
         self._closed = True
-
-    def close_file(self) -> None:
-        if self._file is not sys.stdin.buffer:
-            self._file.close()
 
     def _check(self, record: object) -> None:
         if not isinstance(record, Header):

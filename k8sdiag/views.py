@@ -386,7 +386,12 @@ def healthy_lines(snapshot: Snapshot, width: int) -> list[Line]:
             for line in wrap(f"UNKNOWN: no trouble was found, but {report.why_unknown(snapshot)}.", width)
         ]
     else:
-        lines = [say(line, "good") for line in wrap("OK: no pod, container or namespace loses packets.", width)]
+        loser = f"nothing of {snapshot.narrowed}" if snapshot.narrowed else "no pod, container or namespace"
+        lines = [say(line, "good") for line in wrap(f"OK: {loser} loses packets.", width)]
+    if snapshot.narrowed:
+        lines += [
+            say(part) for part in wrap(f"Narrowed to {snapshot.narrowed}; what others lose is not shown.", width, "  ")
+        ]
     watched = f"No drop could be watched on {where}."
     if is_watching(snapshot):
         watched = (
