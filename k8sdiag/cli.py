@@ -307,6 +307,10 @@ def _width() -> int:
     return shutil.get_terminal_size((80 if sys.stdout.isatty() else 100, 24)).columns
 
 
+def _in_colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 @contextmanager
 def _ended_by_signals(source: Source) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the source, which reads the counts once more; a second one ends the program."""
@@ -345,7 +349,7 @@ def _top(options: argparse.Namespace) -> int:
 def _print_once(options: argparse.Namespace, snapshot: Snapshot) -> None:
     from k8sdiag import views
 
-    _print(views.once(snapshot, _width(), all_drops=options.all_drops))
+    _print(views.once(snapshot, _width(), _in_colour(), all_drops=options.all_drops))
 
 
 WINDOW_S = 60.0
@@ -390,7 +394,8 @@ def _check(options: argparse.Namespace) -> int:
         sys.stdout.write(report.as_json(result).decode())
     else:
         _print(_verdict_lines(snapshot, result, options.trace))
-        _print(views.once(snapshot, 200 if options.output == "wide" else _width(), all_drops=options.all_drops))
+        width = 200 if options.output == "wide" else _width()
+        _print(views.once(snapshot, width, _in_colour(), all_drops=options.all_drops))
     return report.EXIT_CODES[options.style][result.status]
 
 

@@ -37,8 +37,6 @@ class Node(Fact, frozen=True, tag="node"):
     """Kernel release. uname(2)."""
     netns: int
     """Inode of the node's own network namespace. /proc/1/ns/net, or ours where that may not be read."""
-    netns_cookie: int = 0
-    """Its cookie, 0 where the kernel has none. SO_NETNS_COOKIE, from 5.14."""
     architecture: str = ""
     tool: str = ""
     """Version of k8sdiag."""

@@ -111,7 +111,7 @@ class Identity:
                     found.append(Resident(owner, netns, self._addresses_of(netns, cookie), source))
         if self._node:
             host = self._node.netns
-            addresses = self._addresses_of(host, self._node.netns_cookie)
+            addresses = self._addresses_of(host, 0)
             found.append(
                 Resident(
                     Owner("host", self._node.name, how="netns", confidence="proven"), host, addresses, "the node itself"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import resource
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k8sdiag import __version__
 from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
@@ -21,6 +20,9 @@ from k8sdiag.host.sensors.unseen import Unseen
 from k8sdiag.host.symbols import KernelSymbols
 from k8sdiag.host.wire import map_bytes
 from k8sdiag.source import Batch
+
+if TYPE_CHECKING:
+    import psutil
 
 CLOCK_STEP_NS = 100_000_000
 """A change of the offset between wall clock and boot time beyond this is a step, and said again."""
@@ -51,6 +53,7 @@ class LiveSource:
         self._inventory = Inventory(root)
         self._counters = NetnsCounters(self._inventory)
         self._instance: Instance | None = None
+        self._process: psutil.Process | None = None
         self._root = root
         self._clock_ns = 0
 
@@ -116,12 +119,15 @@ class LiveSource:
         return Lost(max(runs.misses, missed), losses.keys, losses.samples, losses.hooks)
 
     def _cost(self) -> Cost:
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        if self._process is None:
+            import psutil  # 30 ms: after the probe has begun to count
+
+            self._process = psutil.Process()
+        times = self._process.cpu_times()
         runs = self._drops.runs()
         return Cost(
-            cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
-            rss_bytes=pages * os.sysconf("SC_PAGE_SIZE"),
+            cpu_s=round(times.user + times.system, 3),
+            rss_bytes=self._process.memory_info().rss,
             map_bytes=map_bytes(possible_cpus()),
             bpf_runs=runs.runs or None,
             bpf_ns=runs.run_ns or None,

@@ -153,11 +153,8 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
                for name, number in vmlinux.enum("skb_drop_reason").items()}  # fmt: skip
     if "NETFILTER_DROP" in reasons:
         defines.append(f"-DREASON_NETFILTER_DROP={reasons['NETFILTER_DROP']}")
-    subsystems = {number: name.removeprefix("SKB_DROP_REASON_SUBSYS_")
-                  for name, number in vmlinux.enum("skb_drop_reason_subsys").items()}  # fmt: skip
     about = {
         "reasons": {str(number): name for name, number in reasons.items()},
-        "subsystems": {str(number): name for number, name in subsystems.items()},
         "arguments": args,
         "conntrack_status": ("nf_conn", "status") in offsets,
         "cookie": ("net", "net_cookie") in offsets,

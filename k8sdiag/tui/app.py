@@ -252,7 +252,6 @@ class TopApp(App[int]):
         explain: Callable[[str], str] = lambda slug: f"No explanation of {slug} here.",
         state: ViewState | None = None,
         paced: Paced | None = None,
-        on_record: Callable[[], str] | None = None,
         as_json: Callable[[Snapshot], bytes] = msgspec.json.encode,
         end_with_source: bool = False,
     ) -> None:
@@ -267,7 +266,6 @@ class TopApp(App[int]):
         self.states = {name: state or ViewState() for name, _ in TABS}
         self._explain = explain
         self._paced = paced
-        self._on_record = on_record
         self._as_json = as_json
         self._end_with_source = end_with_source
         self.on_leave: Callable[[], None] = lambda: None
@@ -300,8 +298,6 @@ class TopApp(App[int]):
         self._event_loop = asyncio.get_running_loop()
         if self._asked_to_leave:
             self._leave()
-        if self._on_record is not None:
-            self.bind("R", "record", description="Record", key_display="R")
         self._list_tabs[self.tab].rows.focus()
         self._timer = self.set_interval(self.interval_s, self.pull)
         self.pull()
@@ -572,10 +568,6 @@ class TopApp(App[int]):
         self._timer = self.set_interval(self.interval_s, self.pull)
         self.notify(f"The screen is renewed every {views.duration(self.interval_s)}.", markup=False, timeout=2)
 
-    def action_record(self) -> None:
-        if self._on_record is not None:
-            self.notify(self._on_record(), markup=False)
-
     def _subject(self) -> Subject | None:
         """What the cursor is on, or what the page in front is about."""
         if isinstance(self.screen, Reading):
@@ -684,7 +676,6 @@ def run(
     explain: Callable[[str], str] = lambda slug: f"No explanation of {slug} here.",
     *,
     state: ViewState | None = None,
-    on_record: Callable[[], str] | None = None,
     as_json: Callable[[Snapshot], bytes] = msgspec.json.encode,
     end_with_source: bool = False,
 ) -> int:
@@ -704,7 +695,6 @@ def run(
         explain=explain,
         state=state,
         paced=source if isinstance(source, Paced) else None,
-        on_record=on_record,
         as_json=as_json,
         end_with_source=end_with_source,
     )

@@ -85,6 +85,21 @@ def test_a_million_drops_by_a_rule_are_all_counted(new_lab: NewLab) -> None:
     assert (sum(row.skbs for row in rows), snapshot.lost.events, snapshot.lost.keys) == (kernel, 0, 0)
 
 
+def test_a_segmentation_offload_buffer_is_one_buffer_and_its_segments_are_packets(new_lab: NewLab) -> None:
+    lab = new_lab(pods=[POD, NETNS], ipv6=False, conntrack=False)
+    sender, receiver = lab.pods
+    lab.node.tool(
+        ["nft", "table ip t { chain f { type filter hook forward priority 0; udp dport 4711 counter drop; }; }"]
+    )
+    bursts = [2, 3, 5, 7, 11, 13]
+    with watching() as watch:
+        sender.udp_bursts(receiver.ipv4, 4711, bursts)
+        snapshot = watch.end()
+    rows = drops_of(snapshot, sender.owner)
+    assert sum(row.skbs for row in rows) == lab.node.nft_counter("ip", "t") == len(bursts)
+    assert sum(row.packets for row in rows) == sum(bursts)
+
+
 def test_a_flood_from_random_addresses_costs_detail_but_never_totals(new_lab: NewLab) -> None:
     lab = new_lab(pods=[NETNS], ipv6=False, conntrack=False)
     (target,) = lab.pods

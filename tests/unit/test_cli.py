@@ -186,9 +186,15 @@ def test_what_is_ignored_does_not_change_the_status(
 
 @pytest.mark.parametrize(
     "words",
-    [["check", "--ignore", "nonsense"], ["check", "--bogus"], ["check", "/nonexistent"], ["check", "-v", "/nonexistent"],
-     ["check", "--duration", "soon"], ["-v", "check"]],
-)  # fmt: skip
+    [
+        ["check", "--ignore", "nonsense"],
+        ["check", "--bogus"],
+        ["check", "/nonexistent"],
+        ["check", "-v", "/nonexistent"],
+        ["check", "--duration", "soon"],
+        ["-v", "check"],
+    ],
+)
 def test_what_is_no_verdict_of_check_exits_with_three(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code = main(words)

@@ -36,7 +36,7 @@ from k8sdiag.source import Batch
 
 S = 10**9
 HOST, CART, SHOP, OTHER, STRANGER = 4026531840, 4026532100, 4026532200, 4026532300, 4026532400
-NODE = Node("node-1", "6.18.0", HOST, 1)
+NODE = Node("node-1", "6.18.0", HOST)
 REASONS = {
     2: "NOT_SPECIFIED",
     3: "NO_SOCKET",

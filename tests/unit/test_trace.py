@@ -73,7 +73,7 @@ fact_strategies: dict[type, st.SearchStrategy[Any]] = {
         dport=number,
         folded=st.booleans(),
     ),
-    Node: st.builds(Node, name=text, kernel=text, netns=number, netns_cookie=number),
+    Node: st.builds(Node, name=text, kernel=text, netns=number),
     Clock: st.builds(Clock, st.integers(-(2**62), 2**62)),
     Cost: st.builds(Cost, st.floats(0, 1e9), number, number, st.none() | number, st.none() | number),
     Sample: st.builds(
@@ -160,7 +160,7 @@ def drops(*counts: tuple[int, int]) -> Drops:
 
 
 BEGINNING = (
-    Node("node-1", "6.18.0", HOST, 1), Clock(1_700_000_000 * S), Capability("drops", "full", "raw_tracepoint"),
+    Node("node-1", "6.18.0", HOST), Clock(1_700_000_000 * S), Capability("drops", "full", "raw_tracepoint"),
     Reason(3, "NO_SOCKET"), Symbol(0xFFFFFFFF81000010, "__udp4_lib_rcv"),
     NetnsOwner(CART, "pod", "cart", 0, "prod", uid="u1"), Address(CART, "10.244.1.5"),
     NetnsOwner(SHOP, "pod", "shop", 0, "prod", uid="u2"), Address(SHOP, "10.244.1.6"),
