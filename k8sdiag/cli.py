@@ -21,6 +21,8 @@ from k8sdiag import __version__
 from k8sdiag.errors import K8sdiagError, UsageError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from k8sdiag.engine import Engine
     from k8sdiag.report import Check
     from k8sdiag.snapshot import DropRow, Owner, Snapshot
@@ -237,7 +239,6 @@ def _samples(text: str) -> int:
 def _live_source(options: argparse.Namespace, duration: float | None, samples_per_s: int = 50) -> Source:
     if not sys.platform.startswith("linux"):
         raise K8sdiagError("Watching needs Linux; traces can be read here: replay FILE, check FILE.")
-    from pathlib import Path
 
     from k8sdiag.host.bpf import Compilation, require_permission
     from k8sdiag.host.symbols import KernelSymbols
@@ -247,7 +248,16 @@ def _live_source(options: argparse.Namespace, duration: float | None, samples_pe
     compilation = Compilation("drops").begin(KernelSymbols())
     from k8sdiag.host.live import LiveSource
 
-    return LiveSource(options.interval, duration, samples_per_s, Path(options.host_root), compilation)
+    return LiveSource(options.interval, duration, samples_per_s, _host_root(options), compilation)
+
+
+def _host_root(options: argparse.Namespace) -> Path:
+    from pathlib import Path
+
+    root = Path(options.host_root)
+    if not (root / "proc/self").exists():
+        raise UsageError(f"--host-root {root}: there is no /proc below it. It takes where the host's / is mounted.")
+    return root
 
 
 def _engine(options: argparse.Namespace, window_s: float | None = None, row_limit: int = 500) -> Engine:
@@ -442,7 +452,6 @@ def _warn(source: TraceSource) -> None:
 
 
 def _pods(options: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from k8sdiag import views
     from k8sdiag.host.bpf import require_permission
@@ -451,7 +460,7 @@ def _pods(options: argparse.Namespace) -> int:
     from k8sdiag.identity import Identity
 
     require_permission()
-    inventory, identity = Inventory(Path(options.host_root)), Identity()
+    inventory, identity = Inventory(_host_root(options)), Identity()
     t_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     for fact in (node_fact(inventory), *inventory.facts(t_ns)):
         identity.fold(fact)
@@ -517,12 +526,11 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from pathlib import Path
 
     from k8sdiag import report
     from k8sdiag.host import doctor
 
-    result = doctor.examine(Path(options.host_root))
+    result = doctor.examine(_host_root(options))
     if options.output == "json":
         sys.stdout.write(report.as_json(result).decode())
     else:

@@ -68,6 +68,7 @@ _LOCATION_BEGINNINGS = ("unix_", "netlink_", "packet_")
 # Where a kernel gives no reason (before 5.17, and NOT_SPECIFIED after), a closing TCP connection ends its last
 # segments in these.
 _TCP_ENDINGS = frozenset(("tcp_v4_rcv", "tcp_v6_rcv", "tcp_rcv_state_process", "tcp_v4_do_rcv", "tcp_v6_do_rcv"))
+_NO_SOCKET_LOCATIONS = frozenset(("__udp4_lib_rcv", "__udp6_lib_rcv"))
 # Reasons by which somebody meant to refuse a packet, whatever it was addressed to.
 _DELIBERATE = frozenset(("NETFILTER_DROP", "TC_INGRESS", "TC_EGRESS", "QDISC_DROP", "QDISC_OVERLIMIT", "CPU_BACKLOG"))
 TCP, UDP, DNS = 6, 17, 53
@@ -84,7 +85,10 @@ def is_benign(drop: Drop) -> bool:
         return True
     if drop.reason in ("", "NOT_SPECIFIED") and drop.location == "icmpv6_rcv":
         return True  # kernels up to 6.1 end every ICMPv6 message that they have dealt with there
-    if drop.reason == "NO_SOCKET" and drop.protocol == UDP and drop.sport == DNS:
+    if not drop.reason and drop.location == "ip_rcv_core":
+        return True  # before 5.17: a frame for another host, which a bridge flooded or a sniffer let in
+    finds_no_socket = drop.reason == "NO_SOCKET" or (not drop.reason and drop.location in _NO_SOCKET_LOCATIONS)
+    if finds_no_socket and drop.protocol == UDP and drop.sport == DNS:
         return True  # the answer came after the resolver had given up and closed its socket
     if drop.reason in ("", "NOT_SPECIFIED") and drop.protocol == TCP and drop.location in _TCP_ENDINGS:
         return True

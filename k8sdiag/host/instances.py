@@ -7,7 +7,6 @@ when the process ends, however it ends: a file that nobody holds is stale, and w
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import tempfile
@@ -64,8 +63,6 @@ class Instance:
         self.unannounced = ""
         """Why other instances will not see this one; empty where they will."""
         try:
-            if not (root / "proc").is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, "not the root of a host", str(root))
             self._announce()
         except OSError as error:
             self.unannounced = f"{error.filename or self._directory}: {error.strerror}"
