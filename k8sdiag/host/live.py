@@ -116,7 +116,8 @@ class LiveSource:
     def _lost(self, missed: int) -> Lost:
         losses, runs = self._drops.losses(), self._drops.runs()
         # A drop that interrupted the program may also be missing from a counter's namesake: not both are added.
-        return Lost(max(runs.misses, missed), losses.keys, losses.samples, losses.hooks)
+        # What found no room was seen, though no count has it.
+        return Lost(max(runs.misses, missed - losses.keys), losses.keys, losses.samples, losses.hooks)
 
     def _cost(self) -> Cost:
         if self._process is None:

@@ -140,5 +140,6 @@ def test_drops_for_which_even_the_exact_map_has_no_room_are_owned_up_to(
     counted = sum(row.skbs for netns in (one, two) for row in drops_of(snapshot, netns.owner))
     assert one.udp_no_ports() + two.udp_no_ports() == 10_000
     assert snapshot.lost.keys > 0
-    assert counted + snapshot.lost.keys == 10_000
+    assert 10_000 <= counted + snapshot.lost.keys <= 10_020  # drops of others found no room either
+    assert snapshot.lost.events < 20  # told apart: these were seen
     assert report.status(snapshot) in ("unknown", "critical")

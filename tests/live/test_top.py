@@ -123,7 +123,7 @@ def test_the_dropping_namespace_is_on_the_screen_within_three_seconds(
     terminal.wait(f"netns {netns}: nothing listens on the port", 3)
     assert time.monotonic() - begin_s < 3
     terminal.wait("1,009 packets", 2)
-    assert "Fix: ss -lntup" in terminal.screen()
+    assert "ss -lntup" in terminal.screen()
     terminal.press("2")
     terminal.wait("[2 Pods]", 2)
     terminal.wait("NAMESPACE OR OWNER", 2)

@@ -116,6 +116,7 @@ class DropSensor:
         """
         if last and self._probe is not None:
             self._probe.detach()
+        records = self._samples()
         idle = self._switch()
         self._grace.wait()
         sums = self._drain(idle)
@@ -127,9 +128,14 @@ class DropSensor:
             columns.append((self._id(key, facts), skbs, packets, length))
         if columns:
             facts.append(Drops(*zip(*columns, strict=True)))
-        for record in self._ring.read():
+        for record in (*records, *self._samples()):
             facts.append(self._sample(record, facts))
         return facts
+
+    def _samples(self) -> list[bytes]:
+        records = list(self._ring.read())
+        self._credit -= len(records)
+        return records
 
     def _switch(self) -> int:
         """Let the program write to the other maps. Returns the side that it no longer writes to."""
@@ -138,10 +144,9 @@ class DropSensor:
         now_s = time.monotonic()
         passed_s = min(now_s - self._switched_s, 60.0)
         self._switched_s = now_s
-        # Each CPU has a budget of its own: with many of them, one sample each now and then.
-        self._credit = min(self._credit + self._samples_per_s * passed_s, max(self._samples_per_s, self._cpus))
-        samples = int(self._credit) // self._cpus if self._samples_per_s else 0
-        self._credit -= samples * self._cpus
+        # Each CPU has a budget of its own; what none of them used stays.
+        self._credit = min(self._credit + self._samples_per_s * passed_s, self._samples_per_s)
+        samples = max(1, int(self._credit) // self._cpus) if self._credit >= 1 else 0
         self._control.update(
             bytes(4), wire.CONTROL.codec.pack(side, self._turn, samples, max(1, int(STACKS_PER_S * passed_s)))
         )
