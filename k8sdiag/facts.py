@@ -159,7 +159,7 @@ class DropKey(Fact, frozen=True, tag="drop_key"):
     iif: int = 0
     """skb->skb_iif, the device it came in by."""
     hook: str = ""
-    """Netfilter hook for netfilter drops, UNKNOWN where the stack limit was reached."""
+    """Netfilter hook for netfilter drops, UNKNOWN where the stack does not tell or its limit was reached."""
     conntrack: str = ""
     """UNTRACKED, NEW (not yet confirmed), CONFIRMED, UNKNOWN; empty for none."""
     family: int = 0

@@ -87,20 +87,6 @@ INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
 	return hook_by_stack(ctx, control);
 }
 
-INLINE u8 conntrack_of(u64 nfct)
-{
-	u64 status = 0;
-	if ((nfct & 7) == 7)
-		return CONNTRACK_UNTRACKED;
-	if (!(nfct & ~7ull))
-		return CONNTRACK_NONE;
-#ifdef OFF_nf_conn_status
-	if (!READ(&status, (nfct & ~7ull) + OFF_nf_conn_status))
-		return status & 8 /* IPS_CONFIRMED */ ? CONNTRACK_CONFIRMED : CONNTRACK_NEW;
-#endif
-	return CONNTRACK_UNKNOWN;
-}
-
 /* The namespace by the device, else by the socket, the route or the connection. Which one it is (inode, cookie)
  * is read once per key, by count_new(). */
 INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk, int trust_device)
@@ -120,28 +106,6 @@ INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk, in
 		key->netns_from = NETNS_FROM_CONNTRACK;
 	}
 #endif
-}
-
-/* Where the headers end, seen from the network header: after the transport header, inside a VXLAN tunnel after
- * the inner one. Nothing beyond it is ever read. */
-INLINE u32 headers_end(u64 l3, u8 protocol, u32 transport)
-{
-	u8 h[16];
-	u32 inner;
-	if (READ(&h, l3 + transport))
-		return transport;
-	if (protocol == 6)
-		return transport + (h[12] >> 4) * 4;
-	if (protocol != 17 || (be16(h + 2) != 4789 && be16(h + 2) != 8472))
-		return protocol == 17 || protocol == 1 || protocol == 58 ? transport + 8 : transport;
-	inner = transport + 8 + 8 + 14;
-	if (READ(&h, l3 + inner) || h[0] >> 4 != 4)
-		return inner;
-	transport = inner + (h[0] & 15) * 4;
-	protocol = h[9];
-	if (READ(&h, l3 + transport))
-		return transport;
-	return protocol == 6 ? transport + (h[12] >> 4) * 4 : transport + (protocol == 17 || protocol == 1 ? 8 : 0);
 }
 
 INLINE void take_sample(void *ctx, struct flow_key *flow, struct tally *one, struct skb_view *skb, struct control *control)
@@ -260,8 +224,8 @@ int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct skb_view skb;
 	struct flow_key flow = {};
-	struct tally one = {.skbs = 1, .packets = 1};
-	u32 zero = 0, segments = 0;
+	struct tally one = {.skbs = 1};
+	u32 zero = 0;
 	u64 rx_sk = 0, at = ctx->args[0];
 	struct drop_key *key = (struct drop_key *)&flow;
 	struct control *now = control.lookup(&zero);
@@ -283,9 +247,7 @@ int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 	flow.conntrack = conntrack_of(SKB(&skb, u64, _nfct));
 	if (is_netfilter(flow.reason, flow.location))
 		flow.hook = hook_of(ctx, &skb, now);
-	/* gso_size and gso_segs stand side by side in skb_shared_info, which follows the linear data. */
-	if (!READ(&segments, head + SKB(&skb, u32, end) + OFF_skb_shared_info_gso_size) && segments >> 16)
-		one.packets = segments >> 16;
+	one.packets = wire_packets(&skb);
 	one.bytes = SKB(&skb, u32, len);
 
 	if (count_known(&flow, &one, now->side))

@@ -163,3 +163,48 @@ INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 	u32 ports = __builtin_bswap32(*(u32 *)(h + 40));
 	*(u32 *)&flow->sport = ports << 16 | ports >> 16; /* sport, dport side by side */
 }
+
+/* Where the headers end, seen from the network header: after the transport header, inside a VXLAN tunnel after
+ * the inner one. Nothing beyond it is ever read. */
+INLINE u32 headers_end(u64 l3, u8 protocol, u32 transport)
+{
+	u8 h[16];
+	u32 inner;
+	if (READ(&h, l3 + transport))
+		return transport;
+	if (protocol == 6)
+		return transport + (h[12] >> 4) * 4;
+	if (protocol != 17 || (be16(h + 2) != 4789 && be16(h + 2) != 8472))
+		return protocol == 17 || protocol == 1 || protocol == 58 ? transport + 8 : transport;
+	inner = transport + 8 + 8 + 14;
+	if (READ(&h, l3 + inner) || h[0] >> 4 != 4)
+		return inner;
+	transport = inner + (h[0] & 15) * 4;
+	protocol = h[9];
+	if (READ(&h, l3 + transport))
+		return transport;
+	return protocol == 6 ? transport + (h[12] >> 4) * 4 : transport + (protocol == 17 || protocol == 1 ? 8 : 0);
+}
+
+/* What the packet's connection was to conntrack when it died. */
+INLINE u8 conntrack_of(u64 nfct)
+{
+	u64 status = 0;
+	if ((nfct & 7) == 7)
+		return CONNTRACK_UNTRACKED;
+	if (!(nfct & ~7ull))
+		return CONNTRACK_NONE;
+#ifdef OFF_nf_conn_status
+	if (!READ(&status, (nfct & ~7ull) + OFF_nf_conn_status))
+		return status & 8 /* IPS_CONFIRMED */ ? CONNTRACK_CONFIRMED : CONNTRACK_NEW;
+#endif
+	return CONNTRACK_UNKNOWN;
+}
+
+/* Packets on the wire that a buffer stands for: its segments, kept behind the linear data, or one. */
+INLINE u32 wire_packets(struct skb_view *skb)
+{
+	u16 segments = 0;
+	READ(&segments, SKB(skb, u64, head) + SKB(skb, u32, end) + OFF_skb_shared_info_gso_segs);
+	return segments ? segments : 1;
+}

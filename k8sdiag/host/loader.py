@@ -49,7 +49,7 @@ MEMBERS = (
     ("nf_conn", "status"),
     ("nf_conn", "ct_net.net"),
     ("sock_common", "skc_net.net"),
-    ("skb_shared_info", "gso_size"),
+    ("skb_shared_info", "gso_segs"),
 )  # fmt: skip
 OPTIONAL = {("sk_buff", "_nfct"), ("net", "net_cookie"), ("nf_conn", "status"), ("nf_conn", "ct_net.net")}
 
