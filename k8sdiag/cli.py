@@ -203,7 +203,7 @@ def _parser(usage_code: int) -> _Parser:
 
     doctor = verb("doctor", _doctor, "What can be seen on this node, what cannot, and what to do about it.")
     doctor.add_argument("-o", "--output", choices=("table", "json"), default="table")
-    doctor.add_argument("--host-root", default="/", metavar="DIR", help=argparse.SUPPRESS)
+    doctor.add_argument("--host-root", default="/", metavar="DIR", help="where the host's files are")
 
     explain = verb("explain", _explain, "What a cause, a drop reason or a field of the JSON means.")
     explain.add_argument("topic", nargs="?")

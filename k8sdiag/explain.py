@@ -128,7 +128,7 @@ REASON_BEGINNINGS = {
     "IPV6_NDISC_": "A message of IPv6 neighbour discovery that is malformed or meant for others.",
     "PSP_": "The PSP encryption of the connection does not allow the packet.",
 }
-_GENERIC = "A drop reason that this version has no sentence for; the function named with it tells more."
+_GENERIC = "Not known to this version; if it is a drop reason of this kernel, the function named with it tells more."
 
 _SECTIONS = {
     "schema": "Version of this object's layout; it changes only with what stands here.",
