@@ -138,7 +138,8 @@ def test_nobody_else_is_said_to_lose_packets(kernel: str) -> None:
 def test_counted_and_lost_of_a_flood_are_what_the_kernel_counted(kernel: str) -> None:
     totals = observed(kernel)["totals"]
     flood, lost = totals["flood"], totals["lost"].get("events", 0)
-    assert flood["sent"] == flood["counter"] + flood["softnet"] == 100_000  # a slow CPU's input queue may overflow
+    # A slow CPU's input queue may overflow, and the ICMP answers meet it too.
+    assert flood["sent"] == 100_000 <= flood["counter"] + flood["softnet"]
     assert flood["lost_before"] == 0  # each fault before it was counted exactly
     assert flood["skbs"] + flood["overflowed"] + lost == flood["counter"] + flood["softnet"]
     assert totals["lost"].get("keys", 0) == 0
