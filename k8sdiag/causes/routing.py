@@ -16,7 +16,7 @@ def _rp_filter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
         Fix(
             "make reverse-path filtering loose, or mend the routes so that replies leave where requests came in",
             within(rows, "sysctl -w " + " ".join(f"{name}=2" for name in settings)),
-            f"network namespace {rows[0].netns}; the greater of all and the device's own value acts: note both first",
+            f"network namespace {rows[0].netns}; note the values first, the greater of the two acts",
             "the route back to the source does not leave by the device the packet came in by",
             "loose mode accepts packets whose source is reachable by any device",
             within(rows, "sysctl -w " + " ".join(f"{name}=1" for name in settings)),
