@@ -49,8 +49,10 @@ INLINE int is_kernel_address(u64 at)
  * dev_scratch) leads to a number that no namespace has: then 0 is returned. */
 INLINE int read_netns(struct tally *to, u64 net)
 {
-	if (READ(&to->netns, net + OFF_net_ns_inum) || to->netns < NETNS_INUM_MIN)
+	if (READ(&to->netns, net + OFF_net_ns_inum) || to->netns < NETNS_INUM_MIN) {
+		to->netns = 0; /* or what was read there would pass for an inode */
 		return 0;
+	}
 #ifdef OFF_net_net_cookie
 	READ(&to->netns_cookie, net + OFF_net_net_cookie);
 #endif
