@@ -243,12 +243,13 @@ def _live_source(options: argparse.Namespace, duration: float | None, samples_pe
     from k8sdiag.host.bpf import Compilation, require_permission
     from k8sdiag.host.symbols import KernelSymbols
 
+    root = _host_root(options)
     require_permission()
     # Compiling takes longest: it goes on in a process of its own while the rest is imported here.
     compilation = Compilation("drops").begin(KernelSymbols())
     from k8sdiag.host.live import LiveSource
 
-    return LiveSource(options.interval, duration, samples_per_s, _host_root(options), compilation)
+    return LiveSource(options.interval, duration, samples_per_s, root, compilation)
 
 
 def _host_root(options: argparse.Namespace) -> Path:
