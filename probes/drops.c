@@ -1,8 +1,8 @@
 /* Which packets does this machine throw away, whose are they, and where in the kernel?
  *
  * Hook:    raw tracepoint kfree_skb; 2, 3 or 4 arguments by kernel (-DKFREE_ARGS, from BTF).
- * Counts:  every drop in one of two per-CPU hash maps: `flows` with addresses and ports, or, once that has no
- *          room, `drops`, keyed by what explains a drop. Both exist twice; user space switches and drains.
+ * Counts:  every drop once, per CPU: in a slot, else in the hash map `flows` with addresses and ports, or, once that
+ *          has no room, in `drops`, keyed by what explains a drop. All exist twice; user space switches and drains.
  * Cost:    printed by scripts/bench; a netfilter drop whose hook is not told by its route takes a stack.
  * Blind:   drops that consume_skb() hides (SYN at a full queue), native XDP, NIC rings: counters show those. */
 
@@ -19,7 +19,7 @@ BPF_RINGBUF_OUTPUT(samples, SAMPLE_PAGES);
 
 #ifdef RECURSION_SAFE
 /* From 6.1 on the kernel never runs this program inside itself, so additions need not be atomic, and the first flow
- * of each turn to come by a slot can be counted there, at a third of what the hash map costs. */
+ * of each turn to come by a slot can be counted there without the hash map. */
 struct slots {
 	struct slot slot[SLOTS];
 };
@@ -68,8 +68,9 @@ INLINE u8 hook_by_stack(void *ctx, struct control *control)
 	return HOOK_UNKNOWN;
 }
 
-/* The hook a netfilter drop happened at. The route attached to the packet tells it in all cases but three: no
- * route yet (PRE_ROUTING, or ingress, or bridge), loopback (keeps its route), and in-device equal out-device. */
+/* The hook a netfilter drop happened at. The route attached to the packet tells LOCAL_OUT, LOCAL_IN and FORWARD;
+ * not so without a route yet (PRE_ROUTING, ingress, bridge), on loopback (which keeps its route), and where the
+ * packet is on its way out of the route's device (POST_ROUTING, egress, or FORWARD back where it came from). */
 INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
 {
 	u64 dst = SKB(skb, u64, _skb_refdst) & ~1ull, dev = SKB(skb, u64, dev), out = 0, input = 0;
@@ -88,7 +89,7 @@ INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
 }
 
 /* The namespace by the device, else by the socket, the route or the connection. Which one it is (inode, cookie)
- * is read once per key, by count_new(). */
+ * is read only where the key is not counted yet in this turn. */
 INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk, int trust_device)
 {
 	u64 out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
