@@ -319,5 +319,3 @@ def _why_refused(text: str) -> str:
         return "kernel lockdown is at confidentiality, where BPF may not read kernel memory. " + text
     return text
 
-
-__all__ = ["BpfMap", "GracePeriod", "Probe", "ProgramRuns", "RingBuffer", "possible_cpus", "wire"]
