@@ -318,4 +318,3 @@ def _why_refused(text: str) -> str:
     if lockdown.exists() and "[confidentiality]" in lockdown.read_text():
         return "kernel lockdown is at confidentiality, where BPF may not read kernel memory. " + text
     return text
-
