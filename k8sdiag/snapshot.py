@@ -38,6 +38,11 @@ class Owner(msgspec.Struct, frozen=True):
         """What makes it the same owner, however it was found."""
         return self.kind, self.namespace, self.name, self.uid
 
+    @property
+    def group(self) -> object:
+        """What its findings are gathered under: the Kubernetes namespace, or the owner itself outside of any."""
+        return self.namespace or self.identity
+
 
 class DropRow(msgspec.Struct, frozen=True):
     """Drops in the window that have everything but the source port in common."""

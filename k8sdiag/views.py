@@ -304,18 +304,14 @@ def findings(snapshot: Snapshot, state: ViewState) -> list[Finding]:
     """Those the filter and the namespaces leave, worst first as the engine has them."""
     if not state.filter and not state.namespaces:
         return list(snapshot.findings)
-    left = {(row.cause, _whose_key(row.owner)) for row in _drops_of(snapshot, state)}
-    return [finding for finding in snapshot.findings if (finding.cause, _whose_key(finding.victims[0])) in left]
-
-
-def _whose_key(owner: Owner) -> object:
-    return owner.namespace or owner.identity
+    left = {(row.cause, row.owner.group) for row in _drops_of(snapshot, state)}
+    return [finding for finding in snapshot.findings if (finding.cause, finding.victims[0].group) in left]
 
 
 def finding_rate_pps(snapshot: Snapshot, finding: Finding) -> float:
     """Packets per second over the last seconds."""
-    key = finding.cause, _whose_key(finding.victims[0])
-    return sum(row.rate_pps for row in snapshot.drops if (row.cause, _whose_key(row.owner)) == key)
+    key = finding.cause, finding.victims[0].group
+    return sum(row.rate_pps for row in snapshot.drops if (row.cause, row.owner.group) == key)
 
 
 def finding_lines(snapshot: Snapshot, finding: Finding, width: int, *, letter: bool) -> list[Line]:
@@ -368,7 +364,7 @@ def finding_page(snapshot: Snapshot, state: ViewState, width: int) -> Page:
     left = findings(snapshot, state)
     rows = []
     for finding in left[: state.limit]:
-        key = finding.cause, _whose_key(finding.victims[0])
+        key = finding.cause, finding.victims[0].group
         rows.append(Row(key, tuple(finding_lines(snapshot, finding, width, letter=True)), finding))
     note: Line = ()
     if not left and snapshot.findings:

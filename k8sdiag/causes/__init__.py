@@ -56,8 +56,7 @@ def findings(window: Window, ignored: Callable[[str, Owner], bool] = lambda _slu
     groups: dict[tuple[str, object], list[DropRow]] = {}
     for row in window.drops:
         if not row.benign:
-            whose = row.owner.namespace or row.owner.identity
-            groups.setdefault((row.cause, whose), []).append(row)
+            groups.setdefault((row.cause, row.owner.group), []).append(row)
     found = [_finding(BY_SLUG[slug], rows, window, ignored) for (slug, _), rows in groups.items()]
     order = ("critical", "warning", "info")
 
