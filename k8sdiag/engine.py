@@ -13,16 +13,34 @@ import msgspec
 from msgspec.structs import replace
 
 from k8sdiag import causes
-from k8sdiag.facts import KEYS_IN_USE, Capability, Clock, Cost, DropKey, Drops, Lost, Node, Reason, Sample, Symbol
+from k8sdiag.conntrack import Tables
+from k8sdiag.facts import (
+    KEYS_IN_USE,
+    Capability,
+    Clock,
+    ConntrackStats,
+    ConntrackTable,
+    Cost,
+    DropKey,
+    Drops,
+    Lost,
+    Node,
+    Reason,
+    Sample,
+    Symbol,
+)
 from k8sdiag.identity import Attribution, Identity
 from k8sdiag.snapshot import (
     CauseCount,
+    ConntrackRow,
     DropCount,
     DropRow,
     NamespaceRow,
     Owner,
+    OwnerConntrack,
     OwnerRow,
     Snapshot,
+    Tuple,
 )
 from k8sdiag.source import Batch
 
@@ -44,6 +62,7 @@ class _Entry(NamedTuple):
     key: DropKey
     attribution: Attribution
     cause: str
+    """Slug, or what causes.decide() makes one of."""
 
 
 class _Count:
@@ -96,11 +115,13 @@ class Engine:
         self._entries_version = 0
         self._counts: dict[_Entry, _Count] = {}
         self._ticks: deque[tuple[int, dict[_Entry, _Count]]] = deque()
+        self._tables = Tables(self.identity)
         self._totals: deque[tuple[int, Lost, Cost | None]] = deque([(0, Lost(), None)])
         """Losses and costs since the start of the watch, at each tick of the window and at the one before it."""
 
     def fold(self, batch: Batch) -> None:
         """Take in one batch."""
+        is_first = self._first_t_ns is None
         if self._first_t_ns is None:
             self._first_t_ns = batch.t_ns
         self._t_ns = batch.t_ns
@@ -114,6 +135,10 @@ class Engine:
                     self._reasons[fact.number] = fact.name
                 case Symbol():
                     self._symbols[fact.address] = fact.name
+                case ConntrackStats():
+                    self._tables.count(fact, batch.t_ns, is_first=is_first)
+                case ConntrackTable():
+                    self._tables.read(fact)
                 case Sample():
                     self.samples.append(fact)
                 case Lost():
@@ -151,7 +176,7 @@ class Engine:
         if known is None:
             drop = causes.Drop(
                 self._reason(key.reason), self._symbol(key), key.hook, key.conntrack, key.family, key.protocol,
-                key.src, key.dst, key.sport, key.dport,
+                key.src, key.dst, key.sport, key.dport, key.verdict, key.probed, key.segment, key.nat, key.reply_dport,
             )  # fmt: skip
             known = self._entries[key] = _Entry(key, self.identity.attribute(key, t_ns), causes.cause_of(drop))
         return known
@@ -161,6 +186,7 @@ class Engine:
         if len(self._keys) > 2 * KEYS_IN_USE:
             oldest = max(self._keys) - KEYS_IN_USE
             self._keys = {key_id: key for key_id, key in self._keys.items() if key_id > oldest}
+        self._tables.expire(None if self._window_ns is None else self._t_ns - self._window_ns)
         if self._window_ns is None:
             # Ticks are only needed for rates then.
             while self._ticks and self._ticks[0][0] <= self._t_ns - RATE_NS:
@@ -184,6 +210,7 @@ class Engine:
         self._totals.clear()
         self._totals.append((self._t_ns, self._lost, self._cost))
         self._first_t_ns = self._t_ns
+        self._tables.zero(self._t_ns)
 
     @property
     def seconds(self) -> float:
@@ -194,8 +221,9 @@ class Engine:
 
     def snapshot(self) -> Snapshot:
         """The state after the last batch."""
-        rows, connections = self._rows()
-        window = causes.Window(self.seconds, rows, connections)
+        tables = self._tables.rows(self._t_ns, self.seconds)
+        rows, connections = self._rows(tables)
+        window = causes.Window(self.seconds, rows, connections, tables)
         _, lost, cost = self._totals[0]
         return Snapshot(
             t_ns=self._t_ns,
@@ -204,7 +232,7 @@ class Engine:
             node=self._node,
             findings=tuple(causes.findings(window, self._ignored)),
             namespaces=_namespaces(rows, connections),
-            owners=_owners(rows, connections),
+            owners=_owners(rows, connections, tables),
             drops=tuple(_fold_rest(rows, self._row_limit)),
             total=_drop_count(rows),
             skbs=sum(row.skbs for row in rows),
@@ -213,9 +241,10 @@ class Engine:
             cost=_cost_since(cost, self._cost),
             capabilities=tuple(self._capabilities.values()),
             narrowed=self._narrowed,
+            conntrack=tables,
         )
 
-    def _rows(self) -> tuple[list[DropRow], causes.Connections]:
+    def _rows(self, tables: Sequence[ConntrackRow]) -> tuple[list[DropRow], causes.Connections]:
         """All lines of the window, largest first, and a count of distinct connections in any of them.
 
         Flows that differ in their source port only are one line.
@@ -233,6 +262,7 @@ class Engine:
             ident = (
                 key.reason, self._symbol(key), key.hook, key.conntrack, key.family, key.protocol, key.netns,
                 key.netns_cookie, key.src, key.dst, key.dport, key.folded, entry.attribution, entry.cause,
+                key.verdict, key.probed, key.segment, key.nat, key.reply_src, key.reply_dst, key.reply_sport,
             )  # fmt: skip
             line = lines.get(ident)
             if line is None:
@@ -240,10 +270,17 @@ class Engine:
             line.count.add(count.skbs, count.packets, count.bytes)
             line.recent += recent.get(entry, 0)
             line.flows.add((key.protocol, key.src, key.sport, key.dst, key.dport))
+            line.reply_ports.add(key.reply_dport)
+        table_of = {table.netns: table for table in tables}
+        ports: dict[tuple[object, ...], set[int]] = {}
+        for line in lines.values():
+            ports.setdefault(_translation(line.entry.key), set()).update(line.reply_ports)
         rows: list[DropRow] = []
         flows: dict[int, set[_Flow]] = {}
         for line in lines.values():
-            row = self._row(line, rate_s)
+            table = table_of.get(line.entry.key.netns)
+            tried = len(ports[_translation(line.entry.key)])
+            row = self._row(line, rate_s, causes.decide(line.entry.cause, table, tables, tried))
             if self._keep is None or self._keep(row):
                 rows.append(row)
                 flows[id(row)] = line.flows
@@ -265,8 +302,11 @@ class Engine:
             return f"subsys:{number >> 16}/code:{number & 0xFFFF}"
         return str(number) if number else ""
 
-    def _row(self, line: _Line, rate_s: float) -> DropRow:
-        (key, attribution, cause), count = line.entry, line.count
+    def _row(self, line: _Line, rate_s: float, cause: str) -> DropRow:
+        (key, attribution, first_cause), count = line.entry, line.count
+        reply = Tuple(
+            key.reply_src, key.reply_dst, key.reply_sport, key.reply_dport if len(line.reply_ports) == 1 else 0
+        )
         return DropRow(
             reason=self._reason(key.reason),
             location=self._symbol(key),
@@ -275,7 +315,7 @@ class Engine:
             benign=cause == causes.BENIGN,
             owner=attribution.owner,
             peer=attribution.peer,
-            service=None,
+            service=_socket(key.dst, key.dport) if key.nat in ("DST", "BOTH") else None,
             direction=attribution.direction,
             family=_FAMILIES.get(key.family),
             protocol=_PROTOCOLS.get(key.protocol, str(key.protocol)) if key.family else None,
@@ -283,7 +323,7 @@ class Engine:
             dst=key.dst or None,
             sport=key.sport if len(line.flows) == 1 and key.sport else None,
             dport=key.dport or None,
-            reply=None,
+            reply=reply if key.reply_src else None,
             conntrack=key.conntrack.lower() or None,
             device=attribution.device,
             netns=key.netns,
@@ -293,6 +333,10 @@ class Engine:
             bytes=count.bytes,
             flows=None if key.folded else len(line.flows),
             rate_pps=line.recent / rate_s,
+            segment=key.segment.lower() or None,
+            nat=key.nat.lower() or None,
+            verdict=key.verdict.lower() or None,
+            confidence=causes.confidence_of(cause, first_cause, key.verdict, probed=key.probed, reason=key.reason),
         )
 
 
@@ -300,18 +344,31 @@ _Flow: TypeAlias = tuple[int, str, int, str, int]
 
 
 class _Line:
-    __slots__ = ("count", "entry", "flows", "recent")
+    __slots__ = ("count", "entry", "flows", "recent", "reply_ports")
 
     def __init__(self, entry: _Entry) -> None:
         self.entry = entry
         self.count = _Count()
         self.recent = 0
         self.flows: set[_Flow] = set()
+        self.reply_ports: set[int] = set()
+
+
+def _socket(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _translation(key: DropKey) -> tuple[object, ...]:
+    """From which address outside towards which socket: what ports are used up for."""
+    return key.verdict, key.netns, key.netns_cookie, key.protocol, key.reply_src, key.reply_sport, key.reply_dst
 
 
 def _folded(entry: _Entry) -> _Entry:
     """The entry without what tells flows apart: still of the same owner and cause."""
-    key = replace(entry.key, id=0, src="", dst="", sport=0, dport=0, iif=0, folded=True)
+    key = replace(
+        entry.key, id=0, src="", dst="", sport=0, dport=0, iif=0, folded=True,
+        reply_src="", reply_dst="", reply_sport=0, reply_dport=0,
+    )  # fmt: skip
     return _Entry(key, entry.attribution._replace(peer=None), entry.cause)
 
 
@@ -353,20 +410,53 @@ def _cause_counts(rows: list[DropRow], connections: causes.Connections) -> tuple
     return tuple(sorted(counts, key=lambda count: (-count.packets, count.cause)))
 
 
-def _owners(rows: list[DropRow], connections: causes.Connections) -> tuple[OwnerRow, ...]:
-    groups: dict[tuple[str, str | None, str, str | None], list[DropRow]] = {}
+def _owners(
+    rows: list[DropRow], connections: causes.Connections, tables: Sequence[ConntrackRow]
+) -> tuple[OwnerRow, ...]:
+    groups: dict[_Identity, list[DropRow]] = {}
     for row in rows:
         groups.setdefault(row.owner.identity, []).append(row)
-    found = [
-        OwnerRow(
-            group[0].owner,
-            _drop_count(group),
-            sum(row.rate_pps for row in group if not row.benign),
-            _cause_counts(group, connections),
+    is_read = any(table.entries is not None for table in tables)
+    entries: dict[_Identity, int] = {}
+    holders: dict[_Identity, Owner] = {}
+    for table in tables:
+        for holder in table.holders:
+            if holder.owner.kind not in ("external", "unknown"):
+                identity = holder.owner.identity
+                holders.setdefault(identity, holder.owner)
+                entries[identity] = entries.get(identity, 0) + holder.entries
+    found = []
+    for identity in [*groups, *(identity for identity in holders if identity not in groups)]:
+        group = groups.get(identity, [])
+        found.append(
+            OwnerRow(
+                group[0].owner if group else holders[identity],
+                _drop_count(group),
+                sum(row.rate_pps for row in group if not row.benign),
+                _cause_counts(group, connections),
+                conntrack=_owner_conntrack(group, entries.get(identity, 0) if is_read else None) if tables else None,
+            )
         )
-        for group in groups.values()
-    ]
     return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.owner.label)))
+
+
+def _owner_conntrack(rows: list[DropRow], entries: int | None) -> OwnerConntrack:
+    def packets(*slugs: str) -> int:
+        return sum(row.packets for row in rows if row.cause in slugs)
+
+    return OwnerConntrack(
+        entries=entries,
+        insert_failed=sum(row.packets for row in rows if row.verdict in _INSERT_FAILED)
+        + sum(row.packets for row in rows if row.verdict == "unknown" and row.cause == "ct-snat-port-clash"),
+        table_full=packets("ct-table-full"),
+        early_drop=None,
+        clash_resolved=None,
+        invalid=None,
+    )
+
+
+_Identity: TypeAlias = tuple[str, "str | None", str, "str | None"]
+_INSERT_FAILED = frozenset(("clash", "chain_too_long", "insert_failed"))
 
 
 def _namespaces(rows: list[DropRow], connections: causes.Connections) -> tuple[NamespaceRow, ...]:

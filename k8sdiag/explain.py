@@ -19,11 +19,11 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from k8sdiag import facts, report
-from k8sdiag.causes import ALL, BENIGN, BY_SLUG, cause_of
-from k8sdiag.causes.benign import TCP
+from k8sdiag.causes import ALL, BENIGN, BY_SLUG, Case, cause_of, decide
+from k8sdiag.causes.benign import DNS, TCP, UDP
 from k8sdiag.causes.cause import Cause, Drop, Severities
 from k8sdiag.errors import UsageError
-from k8sdiag.snapshot import DropRow, Owner
+from k8sdiag.snapshot import ConntrackRow, DropRow, Owner
 
 REASONS = {
     # made by a decision of somebody
@@ -190,7 +190,7 @@ def listing() -> str:
     """Slug and title of every cause."""
     width = max(len(cause.slug) for cause in ALL)
     lines = [f"{cause.slug:{width}}  {cause.title}" for cause in ALL]
-    return "\n".join([*lines, f"{BENIGN:{width}}  drops that a healthy machine makes all day; never a finding"])
+    return "\n".join([*lines, f"{BENIGN:{width}}  what a healthy machine drops all day; never a finding"])
 
 
 def severities() -> str:
@@ -223,11 +223,14 @@ def _rate(pps: float | None) -> str:
 def _cause(cause: Cause, width: int) -> list[str]:
     lines = [cause.slug, *_wrapped(cause.title[0].upper() + cause.title[1:] + ".", width), ""]
     lines += _titled("What the user notices", [cause.feels], width)
-    lines += _titled("How it is known", [cause.proof, f"Confidence: {cause.confidence}."], width)
+    lines += _titled("How it is known", [cause.proof, f"Confidence: {cause.confidence} at best."], width)
     ruled_out = [f"{other.cause}: {other.because}." for other in cause.ruled_out]
+    ruled_out += [
+        f"{other.cause}, where each packet has a verdict: {other.because}." for other in cause.ruled_out_by_verdict
+    ]
     lines += _titled("What it is not", ruled_out, width)
     lines += _titled("How bad it is", [_severities(cause.severities)], width)
-    reasons = [name for name in REASONS if cause_of(_typical(name)) == cause.slug]
+    reasons = [name for name in REASONS if cause.slug in _causes_of(name)]
     lines += _titled("Drop reasons that lead here", [", ".join(reasons)] if reasons else [], width)
     fixes = _fixes(cause, width)
     return lines + (["What to do (NAMES stand for the node's)", *fixes] if fixes else [])
@@ -247,13 +250,17 @@ def _severities(rates: Severities) -> str:
 
 _NETNS = 4026531840
 """Stands for the network namespace of a finding, in fixes made for nobody in particular."""
+_ALL_RISEN = ConntrackRow(
+    netns=_NETNS, owner=Owner("unknown", ""), count=1, max=1, buckets=1, new=None, insert_failed=1, drop=2,
+    early_drop=1, clash_resolved=1, invalid=1, chain_too_long=1, found=1, growth_per_s=0.0, full_in_s=None,
+)  # fmt: skip
 
 
 def _fixes(cause: Cause, width: int) -> list[str]:
     """The cause's fixes as they would be for a drop of which nothing is known, with all commands they may name."""
     commands: dict[tuple[str, ...], list[str]] = {}
     for location in ("nft_do_chain", ""):
-        for fix in cause.fix([_nobodys_drop(cause.slug, location)]):
+        for fix in cause.fix(Case([_nobodys_drop(cause.slug, location)])):
             scope = fix.scope.replace(str(_NETNS), "INODE")
             known = commands.setdefault((fix.action, scope, fix.why, fix.risk, fix.undo), [])
             if fix.command not in known:
@@ -281,6 +288,32 @@ def _typical(reason: str) -> Drop:
     return Drop(reason, "", "", "", 2, TCP, "192.0.2.1", "192.0.2.2", 40000, 8080)
 
 
+def _drops_for(reason: str) -> list[Drop]:
+    """Drops for that reason that differ in what else is known of them; the ordinary one first."""
+    ordinary = _typical(reason)
+    drops = [
+        ordinary,
+        ordinary._replace(segment="OTHER"),
+        ordinary._replace(protocol=UDP, nat="DST", conntrack="CONFIRMED"),
+    ]
+    if reason == "NETFILTER_DROP":
+        verdicts = ("REFUSED", "CLASH", "CHAIN_TOO_LONG")
+        drops += [ordinary._replace(verdict=verdict) for verdict in verdicts]
+        drops += [
+            ordinary._replace(verdict="CLASH", protocol=UDP, dport=DNS),
+            ordinary._replace(verdict="RULE", hook="FORWARD"),
+            ordinary._replace(verdict="REFUSED", conntrack="CONFIRMED"),
+        ]
+    return drops
+
+
+def _causes_of(reason: str) -> list[str]:
+    """Slugs of all causes that a drop for that reason may have, the ordinary one first."""
+    # With all counters risen, what can only be decided by them leads to the cause that they stand for.
+    slugs = (decide(cause_of(drop), _ALL_RISEN, (_ALL_RISEN,)) for drop in _drops_for(reason))
+    return list(dict.fromkeys(slugs))
+
+
 def _benign(width: int) -> list[str]:
     lines = [
         BENIGN,
@@ -295,6 +328,7 @@ def _benign(width: int) -> list[str]:
     also = [
         "What is sent to a multicast or broadcast address, unless somebody refused it on purpose.",
         "Datagrams from port 53 that came after the resolver had closed its socket (NO_SOCKET).",
+        "TCP resets that met no socket, and late segments of connections that are gone.",
         "What is not IP, and what Unix, netlink and packet sockets throw away.",
     ]
     return lines + _titled("Under circumstances", also, width)
@@ -310,6 +344,9 @@ def _reason(reason: str, width: int) -> list[str]:
         lines += _wrapped("It is benign: a healthy machine does this all day; counted, and never a finding.", width)
     else:
         lines += _wrapped(f"It leads to the cause {cause}: {BY_SLUG[cause].title}.", width)
+    others = [slug for slug in _causes_of(reason) if slug not in (cause, BENIGN)]
+    if others:
+        lines += _wrapped(f"Told apart from it by more than the reason: {', '.join(others)}.", width)
     if reason == "NO_SOCKET":
         lines += _wrapped("A datagram from port 53 is benign: an answer for a resolver that had given up.", width)
     return [*lines, "", f"More: k8sdiag explain {cause}"]

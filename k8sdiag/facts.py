@@ -171,6 +171,20 @@ class DropKey(Fact, frozen=True, tag="drop_key"):
     dport: int = 0
     folded: bool = False
     """Addresses and ports were given up for want of room: this line stands for many flows."""
+    verdict: str = ""
+    """What conntrack had to do with a netfilter drop: RULE (nothing), REFUSED (no entry was allocated), CLASH,
+    CHAIN_TOO_LONG, INSERT_FAILED (the entry was dying), UNKNOWN; empty for other drops."""
+    probed: bool = False
+    """A probe on the refusing function saw it; else the CPU's own conntrack statistics told, read at the drop."""
+    segment: str = ""
+    """Of TCP: SYN, SYN_ACK, FIN, RST, OTHER."""
+    nat: str = ""
+    """SRC, DST or BOTH where conntrack translates the connection: then addresses and ports are those the packet was
+    sent with, and the reply's stand below."""
+    reply_src: str = ""
+    reply_dst: str = ""
+    reply_sport: int = 0
+    reply_dport: int = 0
 
 
 class Drops(Fact, frozen=True, tag="drops"):
@@ -183,6 +197,58 @@ class Drops(Fact, frozen=True, tag="drops"):
     """Wire packets, count: a GSO buffer counts its segments."""
     bytes: tuple[int, ...]
     """skb->len."""
+
+
+class ConntrackStats(Fact, frozen=True, tag="conntrack_stats"):
+    """The connection table of one network namespace: gauges of now, and counts since the watch began.
+
+    None: this kernel does not count it, or it could not be read. /proc/net/stat/nf_conntrack in the namespace.
+    """
+
+    netns: int
+    netns_cookie: int = 0
+    count: int = 0
+    """Entries in use, in this namespace alone."""
+    max: int | None = None
+    """net.netfilter.nf_conntrack_max: one value for the machine, compared with each namespace's own count."""
+    buckets: int | None = None
+    """net.netfilter.nf_conntrack_buckets: one hash table for the machine."""
+    found: int = 0
+    """Source ports that address translation looked at and found taken."""
+    invalid: int = 0
+    insert_failed: int = 0
+    drop: int = 0
+    early_drop: int = 0
+    clash_resolved: int | None = None
+    chain_too_long: int | None = None
+    until_t_ns: int | None = None
+    """When the namespace was seen to be gone."""
+
+
+class ConntrackTable(Fact, frozen=True, tag="conntrack_table"):
+    """Who holds the entries of one namespace's connection table, as of one reading of it. IPCTNL_MSG_CT_GET.
+
+    Columns, one line for each combination; lines beyond the largest are folded into ones with empty addresses.
+    """
+
+    netns: int
+    t_ns: int
+    """When the reading ended."""
+    netns_cookie: int = 0
+    entries_total: int = 0
+    zone: tuple[int, ...] = ()
+    source: tuple[str, ...] = ()
+    """Who opened: source of the original direction."""
+    target: tuple[str, ...] = ()
+    """Who answers: source of the reply direction, the backend behind a service."""
+    protocol: tuple[int, ...] = ()
+    state: tuple[str, ...] = ()
+    """Of TCP, as in `conntrack -L`: ESTABLISHED, TIME_WAIT …; else empty."""
+    entries: tuple[int, ...] = ()
+    unreplied: tuple[int, ...] = ()
+    """Entries that saw no reply."""
+    timeout_s: tuple[int, ...] = ()
+    """Sum of the seconds that the entries have left."""
 
 
 class Sample(Fact, frozen=True, tag="sample"):
@@ -227,7 +293,9 @@ class Cost(Fact, frozen=True, tag="cost"):
 
 AnyFact: TypeAlias = (
     Node | Clock | Capability | Reason | Symbol | NetnsOwner | HostPod | Link | Address
-    | DropKey | Drops | Sample | Lost | Cost
+    | DropKey | Drops | ConntrackStats | ConntrackTable | Sample | Lost | Cost
 )  # fmt: skip
-STATE_FACTS = (Node, Clock, Capability, Reason, Symbol, NetnsOwner, HostPod, Link, Address)
+STATE_FACTS = (
+    Node, Clock, Capability, Reason, Symbol, NetnsOwner, HostPod, Link, Address, ConntrackStats, ConntrackTable
+)  # fmt: skip
 """Kinds that describe a lasting state: a checkpoint of a trace states them again."""

@@ -143,36 +143,41 @@ class Identity:
         """Whose drop it is.
 
         A packet whose source or destination is local to the namespace in which it died belongs to that
-        namespace. A packet in transit belongs to the pod behind the veth on which it was; where the device is a
-        bridge, to the pod that has its source address, else its destination.
+        namespace. A packet in transit belongs to the pod behind the veth on which it was (at POST_ROUTING: had come
+        by); where the device is a bridge, to the pod that has its source address, else its destination. Translated
+        addresses are seen through: who sent it, and who would have answered.
         """
         if not key.netns:
             return Attribution(Owner("unknown", "no network namespace"), None, "", None, "")
         here = (key.netns, key.netns_cookie, t_ns)
+        destination = _destination(key)
         device = self._link(key.netns, key.netns_cookie, key.ifindex, t_ns)
         name = device.name if device else (f"if{key.ifindex}" if key.ifindex else None)
         how: How = {"SOCKET": "socket", "CONNTRACK": "conntrack"}.get(key.netns_from, "netns")  # type: ignore[assignment]
         resident = self.netns_owner(*here, how) or Owner("unknown", f"netns:{key.netns}")
-        inside = self._entrance(*here)
+        inside = self.entrance(*here)
         direction = self._direction(key, t_ns, resident)
         if direction != "forward":
-            other = {"in": key.src, "out": key.dst}.get(direction, "")
+            other = {"in": key.src, "out": destination}.get(direction, "")
             return Attribution(resident, self._peer(other, key, t_ns), direction, name, inside)
-        for ifindex in (key.ifindex, key.iif):
+        # What is on its way out is held back from its sender; it is on the receiver's device already.
+        devices = (key.iif, key.ifindex) if key.hook == "POST_ROUTING" else (key.ifindex, key.iif)
+        for ifindex in devices:
             owner = self._behind(key, ifindex, t_ns)
             if owner:
-                sender, receiver = self._at(key.src, key, t_ns), self._at(key.dst, key, t_ns)
+                sender, receiver = self._at(key.src, key, t_ns), self._at(destination, key, t_ns)
                 is_sender = sender is not None and sender.identity == owner.identity
                 is_receiver = receiver is not None and receiver.identity == owner.identity
-                other = key.dst if is_sender or (not is_receiver and sender is None) else key.src
+                other = destination if is_sender or (not is_receiver and sender is None) else key.src
                 return Attribution(owner, self._peer(other, key, t_ns), direction, name, inside)
-        for address, other in ((key.src, key.dst), (key.dst, key.src)):
+        for address, other in ((key.src, destination), (destination, key.src)):
             owner = self._at(address, key, t_ns)
             if owner:
                 return Attribution(owner, self._peer(other, key, t_ns), direction, name, inside)
         return Attribution(resident, self._peer(key.src, key, t_ns), direction, name, inside)
 
-    def _entrance(self, netns: int, cookie: int, t_ns: int) -> str:
+    def entrance(self, netns: int, cookie: int, t_ns: int) -> str:
+        """What to put before a command to run it in a namespace; empty for the node's own."""
         if self._node and netns == self._node.netns:
             return ""
         spans = _valid(self._owners.get(netns, ()), cookie, t_ns)
@@ -186,11 +191,12 @@ class Identity:
             # Folded or not IP: no addresses to go by. The node forwards, pods do not.
             transit = key.hook == "FORWARD" or (resident.kind == "host" and not key.hook.startswith("LOCAL"))
             return "forward" if transit and self._behind(key, key.ifindex, t_ns) else ""
-        to_us = self._is_local(key.dst, key, t_ns)
+        destination = _destination(key)
+        to_us = self._is_local(destination, key, t_ns)
         from_us = self._is_local(key.src, key, t_ns)
         if to_us and from_us:
             return "local"
-        if key.hook == "FORWARD" or not (to_us or from_us or _is_group(key.dst)):
+        if key.hook == "FORWARD" or not (to_us or from_us or _is_group(destination)):
             if resident.kind != "host" and not self._local.get(key.netns):
                 return ""
             # A pod passes nothing on: what is not for it was flooded by a bridge, or is a broadcast.
@@ -208,6 +214,22 @@ class Identity:
         if not link or not link.peer_netns or link.peer_netns == key.netns:
             return None
         return self.netns_owner(link.peer_netns, link.peer_netns_cookie, t_ns, "veth")
+
+    def owner_at(self, address: str, netns: int, cookie: int, t_ns: int) -> Owner:
+        """Who has an address, seen from a namespace: an owner here, or one of kind "external" or "unknown"."""
+        if not address:
+            return Owner("unknown", "others")
+        if address in ("127.0.0.1", "::1") or _valid(
+            [span for span in self._addresses.get(address, ()) if span.netns == netns], cookie, t_ns
+        ):
+            return self.netns_owner(netns, cookie, t_ns, "ip") or Owner("unknown", f"netns:{netns}")
+        key = DropKey(0, 0, 0, netns=netns, netns_cookie=cookie)
+        return self._peer(address, key, t_ns) or Owner("unknown", address)
+
+    def is_gone(self, address: str, t_ns: int) -> bool:
+        """Whether somebody here had the address, and nobody has it any more."""
+        spans = self._addresses.get(address, ())
+        return bool(spans) and all(span.until_t_ns is not None and span.until_t_ns < t_ns for span in spans)
 
     def _is_local(self, address: str, key: DropKey, t_ns: int) -> bool:
         if address.startswith("127.") or address == "::1":
@@ -238,6 +260,11 @@ class Identity:
         if len(self._holders(address, key, t_ns)) > 1:
             return Owner("unknown", address)
         return self._at(address, key, t_ns) or Owner("external", address, how="ip", confidence="proven")
+
+
+def _destination(key: DropKey) -> str:
+    """Where the packet was going, translation seen through: whoever would have answered it."""
+    return key.reply_src or key.dst
 
 
 def _is_group(address: str) -> bool:

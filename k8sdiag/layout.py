@@ -8,7 +8,7 @@ here or behind it reads markup.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 Tone: TypeAlias = Literal["", "critical", "warning", "info", "good", "dim", "title"]
@@ -121,6 +121,30 @@ def plain(line: Line) -> str:
 
 def say(text: str, tone: Tone = "") -> Line:
     return (Span(text, tone),)
+
+
+def within(line: Line, width: int) -> list[Line]:
+    """A line, or its text in several where it is too wide."""
+    text = plain(line)
+    return [line] if cells(text) <= width else [say(part, line[0].tone) for part in wrap(text, width, "  ")]
+
+
+def section(title: str, lines: Iterable[str], width: int, tone: Tone = "") -> list[Line]:
+    """A title behind an empty line, and sentences indented below it."""
+    wrapped = [say(part, tone) for line in lines for part in wrap("  " + line, width, "    ")]
+    return [(), say(title, "title"), *wrapped]
+
+
+def beside(left: Sequence[Line], right: Sequence[Line], left_width: int) -> list[Line]:
+    """Two blocks of lines next to each other, the right one beginning GAP cells behind `left_width`."""
+    lines: list[Line] = []
+    for i in range(max(len(left), len(right))):
+        begin = left[i] if i < len(left) else ()
+        if i < len(right) and right[i]:
+            fill = left_width + GAP - sum(cells(span.text) for span in begin)
+            begin = (*begin, Span(" " * fill), *right[i])
+        lines.append(begin)
+    return lines
 
 
 class Column(NamedTuple):

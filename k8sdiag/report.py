@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from k8sdiag.snapshot import DropRow, Finding, NamespaceRow, OwnerRow, Snapshot
+from k8sdiag.snapshot import ConntrackRow, DropRow, Finding, NamespaceRow, OwnerRow, Snapshot
 
 SCHEMA = "k8sdiag/check/v1"
 Status: TypeAlias = Literal["ok", "warning", "critical", "unknown"]
@@ -74,7 +74,7 @@ class Check(msgspec.Struct, frozen=True, rename={"self_": "self"}):
     capabilities: tuple[CapabilityRow, ...]
     self_: SelfRow | None
     connections: None = None
-    conntrack: None = None
+    conntrack: tuple[ConntrackRow, ...] | None = None
     tunnels: None = None
     listeners: None = None
     dns: None = None
@@ -84,6 +84,11 @@ class Check(msgspec.Struct, frozen=True, rename={"self_": "self"}):
     sysctls: None = None
     policies: None = None
     egress: None = None
+
+
+def measured(snapshot: Snapshot, signal: str) -> bool:
+    """Whether a signal is seen at all: else its numbers are not 0 but unknown."""
+    return any(c.signal == signal and c.status != "missing" for c in snapshot.capabilities)
 
 
 def status(snapshot: Snapshot) -> Status:
@@ -140,6 +145,7 @@ def check(snapshot: Snapshot, *, filtered: bool) -> Check:
             for capability in snapshot.capabilities
         ),
         self_=SelfRow(cost.cpu_s, cost.rss_bytes, cost.map_bytes, cost.bpf_runs, cost.bpf_ns) if cost else None,
+        conntrack=snapshot.conntrack if measured(snapshot, "conntrack") else None,
     )
 
 

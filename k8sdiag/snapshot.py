@@ -44,6 +44,15 @@ class Owner(msgspec.Struct, frozen=True):
         return self.namespace or self.identity
 
 
+class Tuple(msgspec.Struct, frozen=True):
+    """One direction of a connection."""
+
+    src: str
+    dst: str
+    sport: int
+    dport: int
+
+
 class DropRow(msgspec.Struct, frozen=True):
     """Drops in the window that have everything but the source port in common."""
 
@@ -65,8 +74,8 @@ class DropRow(msgspec.Struct, frozen=True):
     dst: str | None
     sport: int | None
     dport: int | None
-    reply: None
-    """The reply tuple of a translated connection; not measured yet."""
+    reply: Tuple | None
+    """Of a translated connection: how its reply would travel. `src` … `dport` are then as the packet was sent."""
     conntrack: str | None
     """untracked, new, confirmed, unknown; None for none."""
     device: str | None
@@ -81,6 +90,14 @@ class DropRow(msgspec.Struct, frozen=True):
     """Packets per second over the last seconds."""
     inside: str = ""
     """What to put before a command to run it in that namespace; empty for the node's own."""
+    segment: str | None = None
+    """Of TCP: syn, syn_ack, fin, rst, other."""
+    nat: str | None = None
+    """src, dst, both: what conntrack translates."""
+    verdict: str | None = None
+    """What conntrack had to do with a netfilter drop, see DropKey.verdict."""
+    confidence: Confidence = "proven"
+    """Of the cause."""
 
 
 class DropCount(msgspec.Struct, frozen=True):
@@ -88,12 +105,24 @@ class DropCount(msgspec.Struct, frozen=True):
     benign_packets: int
 
 
+class OwnerConntrack(msgspec.Struct, frozen=True):
+    """What conntrack did to one owner in the window; None where that is known per network namespace only."""
+
+    entries: int | None
+    """Entries that it opened and that stand in a table, at the last reading."""
+    insert_failed: int
+    table_full: int
+    early_drop: int | None
+    clash_resolved: int | None
+    invalid: int | None
+
+
 class OwnerRow(msgspec.Struct, frozen=True):
     owner: Owner
     drops: DropCount
     rate_pps: float
     causes: tuple[CauseCount, ...]
-    conntrack: None = None
+    conntrack: OwnerConntrack | None = None
     tcp: None = None
     encap: None = None
 
@@ -112,6 +141,72 @@ class NamespaceRow(msgspec.Struct, frozen=True):
     causes: tuple[CauseCount, ...]
     tcp: None = None
     encap: None = None
+
+
+class HolderRow(msgspec.Struct, frozen=True):
+    """An owner's part in a connection table."""
+
+    owner: Owner
+    entries: int
+    """That it opened."""
+    as_target: int
+    """That lead to it."""
+    unreplied: int
+    """Of those it opened, how many saw no reply."""
+
+
+class ProtocolRow(msgspec.Struct, frozen=True):
+    protocol: str
+    state: str | None
+    entries: int
+    unreplied: int
+    timeout_s: float
+    """Mean of the seconds that the entries have left."""
+
+
+class ConntrackRow(msgspec.Struct, frozen=True):
+    """The connection table of one network namespace: gauges at the end of the window, counts within it."""
+
+    netns: int
+    owner: Owner
+    count: int
+    max: int | None
+    buckets: int | None
+    new: None
+    """No kernel counts new connections any more."""
+    insert_failed: int
+    drop: int
+    early_drop: int
+    clash_resolved: int | None
+    invalid: int
+    chain_too_long: int | None
+    found: int
+    growth_per_s: float
+    """Entries more per second, over the window."""
+    full_in_s: float | None
+    """Until the table is full at this rate; None where it does not grow or has no limit."""
+    full_count: int | None = None
+    """Entries when allocation was last seen to be refused in the window, and the limit then."""
+    full_max: int | None = None
+    inside: str = ""
+    """What to put before a command to run it in that namespace; empty for the node's own."""
+    table_t_ns: int | None = None
+    """When the table itself was last read; None: not yet, and what follows is empty."""
+    entries: int | None = None
+    """In the table at that time."""
+    unreplied: int | None = None
+    stale: int | None = None
+    """Entries towards an address that a pod had which is gone."""
+    zones: dict[str, int] = {}
+    """Entries by conntrack zone."""
+    holders: tuple[HolderRow, ...] = ()
+    """Largest first; what nobody known opened is the row of an owner of kind "external" or "unknown"."""
+    protocols: tuple[ProtocolRow, ...] = ()
+
+    @property
+    def refused(self) -> int:
+        """Packets for which no entry was allocated: an unresolved clash raises both counters."""
+        return max(0, self.drop - self.insert_failed)
 
 
 class Evidence(msgspec.Struct, frozen=True):
@@ -171,5 +266,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     lost: Lost
     cost: Cost | None
     capabilities: tuple[Capability, ...]
+    conntrack: tuple[ConntrackRow, ...] = ()
+    """Tables in use, fullest first."""
     narrowed: str = ""
     """In words, to what the rows were narrowed; empty for everything."""

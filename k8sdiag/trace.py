@@ -32,6 +32,8 @@ from k8sdiag.facts import (
     AnyFact,
     Capability,
     Clock,
+    ConntrackStats,
+    ConntrackTable,
     DropKey,
     Drops,
     HostPod,
@@ -229,9 +231,15 @@ class TraceSource:
                 self._keys.add(fact.id)
                 if len(self._keys) > 2 * KEYS_IN_USE:
                     self._keys = {key for key in self._keys if key > fact.id - KEYS_IN_USE}
-                return _is_address(fact.src) and _is_address(fact.dst)
+                return all(map(_is_address, (fact.src, fact.dst, fact.reply_src, fact.reply_dst)))
             case Address():
                 return _is_address(fact.address)
+            case ConntrackTable():
+                columns = (fact.zone, fact.source, fact.target, fact.protocol, fact.state, fact.entries,
+                           fact.unreplied, fact.timeout_s)  # fmt: skip
+                return len({len(column) for column in columns}) == 1 and all(
+                    map(_is_address, (*fact.source, *fact.target))
+                )
             case Clock():
                 return abs(fact.boot_to_wall_ns) < CENTURIES_NS
             case Drops():
@@ -335,6 +343,8 @@ _SAME: dict[type, Callable[..., tuple[object, ...]]] = {
     HostPod: lambda fact: (fact.uid,),
     Link: lambda fact: (fact.netns, fact.netns_cookie, fact.ifindex, fact.from_t_ns),
     Address: lambda fact: (fact.netns, fact.netns_cookie, fact.address, fact.from_t_ns),
+    ConntrackStats: lambda fact: (fact.netns, fact.netns_cookie),
+    ConntrackTable: lambda fact: (fact.netns, fact.netns_cookie),
 }
 
 

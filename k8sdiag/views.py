@@ -1,18 +1,18 @@
 """From a Snapshot to lines of text: what the screen draws and what `top --once`, `check` and `pods` print.
 
-Pure functions. All numbers, units and names become text here (and in report.py), so that a rate reads the same
-everywhere.
+Pure functions. Numbers, units and names become text in words.py, connection tables in tracking.py, one thing in full
+in details.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from k8sdiag import causes, report
+from k8sdiag import causes, report, tracking
 from k8sdiag.errors import UsageError
 from k8sdiag.layout import (
     Column,
@@ -31,28 +31,47 @@ from k8sdiag.layout import (
     row_line,
     say,
     table,
+    within,
     wrap,
 )
 from k8sdiag.snapshot import (
     CauseCount,
+    ConntrackRow,
     DropCount,
     DropRow,
     Finding,
     NamespaceRow,
     Owner,
+    OwnerConntrack,
     OwnerRow,
     Severity,
     Snapshot,
 )
+from k8sdiag.words import (
+    ASCII_ARROWS,
+    NOT_AVAILABLE,
+    RATE_WINDOW,
+    cause_words,
+    duration,
+    endpoint,
+    ends,
+    flow,
+    number,
+    owner_words,
+    peer_words,
+    percent,
+    place,
+    plural,
+    rate,
+    size,
+    total,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from k8sdiag.identity import Resident
 
 Grouping: TypeAlias = Literal["namespace", "workload", "pod"]
 GROUPINGS: tuple[Grouping, ...] = ("namespace", "workload", "pod")
-NOT_AVAILABLE = "n/a"
-RATE_WINDOW = "5 s"
-"""What "now" means in a rate: engine.RATE_NS."""
 
 
 class ViewState(msgspec.Struct, frozen=True):
@@ -90,7 +109,7 @@ class DropGroup(NamedTuple):
     rate_pps: float
 
 
-Subject: TypeAlias = Finding | OwnerGroup | DropGroup
+Subject: TypeAlias = Finding | OwnerGroup | DropGroup | ConntrackRow
 
 
 class Row(NamedTuple):
@@ -111,63 +130,8 @@ class Page(NamedTuple):
     """Rows beyond the limit, count."""
     note: Line
     """What is not shown, or why there is nothing."""
-
-
-# Numbers and units
-
-LEAST = 0.05
-"""With one decimal, what is less would be rounded to 0.0, and 0 is "none"."""
-MINUTE_S, HOUR_S = 60, 3600
-
-
-def number(value: int | None) -> str:
-    """A count with separators. None is what was not measured."""
-    return NOT_AVAILABLE if value is None else f"{value:,}"
-
-
-def rate(pps: float | None) -> str:
-    """A rate per second: 0/s, <0.1/s, 12.3/s, 1.2k/s, 3.4M/s."""
-    if pps is None:
-        return NOT_AVAILABLE
-    if 0 < pps < LEAST:
-        return "<0.1/s"
-    return f"{_scaled(pps)}/s" if pps else "0/s"
-
-
-def _scaled(value: float) -> str:
-    power = 0
-    while round(value, 1) >= 1000 and power < 4:  # noqa: PLR2004
-        value /= 1000
-        power += 1
-    return f"{value:.1f}{('', 'k', 'M', 'G', 'T')[power]}"
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 5 h 04 min."""
-    whole = round(seconds)
-    if whole < MINUTE_S:
-        return f"{seconds:.1f} s" if LEAST <= seconds < 1 else f"{whole} s"
-    minutes, rest = divmod(whole, MINUTE_S)
-    if whole < HOUR_S:
-        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: int | None) -> str:
-    """Bytes in binary units."""
-    if count is None:
-        return NOT_AVAILABLE
-    if count < 1 << 10:
-        return f"{count} bytes"
-    power = min((count.bit_length() - 1) // 10, 3)
-    return f"{count / (1 << 10 * power):.1f} {('', 'KiB', 'MiB', 'GiB')[power]}"
-
-
-def plural(count: int | None, one: str) -> str:
-    """29 packets, 1 packet; "connections n/a" for what was not measured."""
-    if count is None:
-        return f"{one}s {NOT_AVAILABLE}"
-    return f"{number(count)} {one}{'' if count == 1 else 's'}"
+    sort: str = ""
+    """Name of the column that it is sorted by."""
 
 
 def _page(
@@ -176,10 +140,11 @@ def _page(
     state: ViewState,
     width: int,
     note: Line,
+    usual: str = "packets",
 ) -> Page:
-    """Sorted, cut to the limit, laid out. Entries come by packets; those equal in the sorted column stay so."""
+    """Sorted, cut to the limit, laid out. Entries come by `usual`; those equal in the sorted column stay so."""
     names = [column.name for column in columns]
-    sort = state.sort if state.sort in names else "packets"
+    sort = state.sort if state.sort in names else usual
     at = names.index(sort)
     numeric = columns[at].right
     if state.sort in names:
@@ -194,7 +159,7 @@ def _page(
     for key, record, subject in shown:
         seen[key] = seen.get(key, 0) + 1
         rows.append(Row((key, seen[key]), (row_line(columns, fitted, record),), subject))
-    return Page(titles, headings, tuple(rows), len(ordered) - len(shown), note)
+    return Page(titles, headings, tuple(rows), len(ordered) - len(shown), note, sort)
 
 
 # Filter
@@ -216,6 +181,13 @@ def drop_fields(row: DropRow) -> dict[str, str]:
         "location": row.location,
         "hook": row.hook or "",
         "conntrack": row.conntrack or "",
+        "verdict": row.verdict or "",
+        "nat": row.nat or "",
+        "service": row.service or "",
+        "reply": f"{endpoint(row.reply.src, row.reply.sport)} {endpoint(row.reply.dst, row.reply.dport)}"
+        if row.reply
+        else "",
+        "segment": row.segment or "",
         "device": row.device or "",
         "protocol": row.protocol or "",
         "family": row.family or "",
@@ -229,7 +201,8 @@ def drop_fields(row: DropRow) -> dict[str, str]:
 
 FILTER_FIELDS = (
     "namespace", "owner", "pod", "kind", "workload", "peer", "cause", "words", "reason", "location", "hook",
-    "conntrack", "device", "protocol", "family", "direction", "src", "dst", "sport", "dport",
+    "conntrack", "verdict", "nat", "service", "reply", "segment", "device", "protocol", "family", "direction", "src",
+    "dst", "sport", "dport",
 )  # fmt: skip
 
 
@@ -238,6 +211,11 @@ def matcher(text: str) -> Callable[[DropRow], bool]:
 
     A bare word is looked for in every field. Raises UsageError for a field that does not exist.
     """
+    matches = _fields_matcher(text)
+    return lambda row: matches(drop_fields(row))
+
+
+def _fields_matcher(text: str) -> Callable[[dict[str, str]], bool]:
     tests: list[Callable[[dict[str, str]], bool]] = []
     for term in text.lower().split():
         field, equals, glob = term.partition("=")
@@ -250,11 +228,11 @@ def matcher(text: str) -> Callable[[DropRow], bool]:
         else:
             tests.append(_word_test(term.lstrip("!"), negative=negative))
     if not tests:
-        return lambda _row: True
+        return lambda _fields: True
 
-    def matches(row: DropRow) -> bool:
-        fields = {name: value.lower() for name, value in drop_fields(row).items()}
-        return all(test(fields) for test in tests)
+    def matches(fields: dict[str, str]) -> bool:
+        lower = {name: value.lower() for name, value in fields.items()}
+        return all(test(lower) for test in tests)
 
     return matches
 
@@ -277,7 +255,7 @@ def _drops_of(snapshot: Snapshot, state: ViewState) -> list[DropRow]:
 
 
 def namespaces(snapshot: Snapshot) -> list[str]:
-    """Every Kubernetes namespace with drops, "" last if there are owners that are in none."""
+    """Every Kubernetes namespace that drops or connections belong to, "" last if there are owners in none."""
     found = {row.owner.namespace or "" for row in snapshot.owners}
     return sorted(found - {""}) + ([""] if "" in found else [])
 
@@ -293,19 +271,27 @@ def whose(finding: Finding) -> str:
     return owner_words(finding.victims[0], namespace_only=True)
 
 
-def owner_words(owner: Owner, *, namespace_only: bool = False) -> str:
-    if owner.namespace:
-        return owner.namespace if namespace_only else owner.label
-    word = {"host": "node", "external": "", "unknown": "unknown owner,", "pod": "pod"}.get(owner.kind, owner.kind)
-    return f"{word} {owner.name}".strip()
-
-
 def findings(snapshot: Snapshot, state: ViewState) -> list[Finding]:
     """Those the filter and the namespaces leave, worst first as the engine has them."""
     if not state.filter and not state.namespaces:
         return list(snapshot.findings)
     left = {(row.cause, row.owner.group) for row in _drops_of(snapshot, state)}
-    return [finding for finding in snapshot.findings if (finding.cause, finding.victims[0].group) in left]
+    matches = _fields_matcher(state.filter)
+
+    def stays(finding: Finding) -> bool:
+        if finding.packets:
+            return (finding.cause, finding.victims[0].group) in left
+        return any(_in_namespaces(owner, state) and matches(_fields_of(finding, owner)) for owner in finding.victims)
+
+    return [finding for finding in snapshot.findings if stays(finding)]
+
+
+def _fields_of(finding: Finding, owner: Owner) -> dict[str, str]:
+    """What a filter can ask of a finding that no drop stands behind."""
+    return dict.fromkeys(FILTER_FIELDS, "") | {
+        "namespace": owner.namespace or "", "owner": owner.label, "pod": owner.name if owner.kind == "pod" else "",
+        "kind": owner.kind, "workload": owner.workload or "", "cause": finding.cause, "words": finding.title,
+    }  # fmt: skip
 
 
 def finding_rate_pps(snapshot: Snapshot, finding: Finding) -> float:
@@ -329,12 +315,15 @@ def finding_lines(snapshot: Snapshot, finding: Finding, width: int, *, letter: b
     much = f"{plural(finding.packets, 'packet')} dropped, " + (
         f"now {rate(pps)}" if pps else f"none in the last {RATE_WINDOW}"
     )
+    if not finding.packets:
+        much = "no packet lost"
     if finding.connections is not None and finding.connections != finding.packets:
         much += f", {plural(finding.connections, 'connection')}"
     much = f"{indent}{much}; {finding.confidence}"
     if finding.victims[0].namespace or len(finding.victims) > 1:
         much += "; " + _victims(finding, width - cells(much) - 2)
     lines.append(say(cut(much, width)))
+    lines += [say(line) for line in wrap(indent + tracking.because(snapshot, finding), width, indent) if line.strip()]
     lines += [say(line) for line in _fix_lines(finding, width, indent)]
     return lines
 
@@ -389,20 +378,18 @@ def healthy_lines(snapshot: Snapshot, width: int) -> list[Line]:
             say(part) for part in wrap(f"Narrowed to {snapshot.narrowed}; what others lose is not shown.", width, "  ")
         ]
     watched = f"No drop could be watched on {where}."
-    if is_watching(snapshot):
+    if report.measured(snapshot, "drops"):
         watched = (
             f"Watched: every packet the kernel dropped on {where} in the last {duration(snapshot.window_s)}; "
             f"{plural(snapshot.total.benign_packets, 'benign drop')}, as every healthy machine makes."
         )
     lines += [say(line) for line in wrap(watched, width, "  ")]
+    for row in filter(tracking.is_nearly_full, snapshot.conntrack):
+        text = f"Nearly full: the connection table of {owner_words(row.owner)}, {tracking.gauge(row)}."
+        lines += [say(part, "warning") for part in wrap(text, width, "  ")]
     for line in blind_spots(snapshot):
         lines += [say(part) for part in wrap(line, width, "  ")]
     return lines
-
-
-def is_watching(snapshot: Snapshot) -> bool:
-    """Whether drops are counted at all: else every number of them is not 0 but unknown."""
-    return any(c.signal == "drops" and c.status != "missing" for c in snapshot.capabilities)
 
 
 def blind_spots(snapshot: Snapshot) -> list[str]:
@@ -414,10 +401,13 @@ def blind_spots(snapshot: Snapshot) -> list[str]:
         if capability.status != "full"
     ]  # fmt: skip
     lines = [f"Limited here: {text}." for text in limited]
-    return [
-        *lines,
-        "Cannot see: packets lost outside this node; conntrack, TCP and tunnel counters (not measured yet).",
-    ]
+    unmeasured = "TCP and tunnel counters" if _states_conntrack(snapshot) else "conntrack, TCP and tunnel counters"
+    return [*lines, f"Cannot see: packets lost outside this node; {unmeasured} (not measured yet)."]
+
+
+def _states_conntrack(snapshot: Snapshot) -> bool:
+    """Whether the source says anything about conntrack, if only that it cannot be seen."""
+    return any(capability.signal == "conntrack" for capability in snapshot.capabilities)
 
 
 # The head of the screen
@@ -436,19 +426,22 @@ def head_lines(snapshot: Snapshot | None, mode: str, badges: Sequence[Span], wid
         first += [Span(clean(node.name)), Span(f"Linux {clean(node.kernel)}")]
     first += [Span(f"last {duration(snapshot.window_s)}"), Span(moment(snapshot)[11:], "dim")]
     second = [
-        Span(f"drops {rate(snapshot.rate_pps) if is_watching(snapshot) else NOT_AVAILABLE}", "title"),
+        Span(f"drops {rate(snapshot.rate_pps) if report.measured(snapshot, 'drops') else NOT_AVAILABLE}", "title"),
         _lost_span(snapshot, short=width < HEAD_CELLS),
     ]
     for severity, word in (("critical", "critical"), ("warning", "warning"), ("info", "info")):
         found = sum(f.severity == severity and not f.ignored for f in snapshot.findings)
         if found:
             second.append(Span(plural(found, word) if severity == "warning" else f"{found} {word}", severity))  # type: ignore[arg-type]
+    fullest = snapshot.conntrack[0] if snapshot.conntrack else None
+    if fullest and tracking.is_nearly_full(fullest):
+        second.append(Span(f"table {percent(fullest.count, fullest.max)} full", tracking.tone(fullest)))
     second += [
         Span(f"{c.signal} {c.status}", "critical" if c.status == "missing" else "warning")
         for c in snapshot.capabilities
         if c.status != "full"
     ]
-    if is_watching(snapshot):
+    if report.measured(snapshot, "drops"):
         second.append(Span(f"benign {number(snapshot.total.benign_packets)}", "dim"))
     return [_parts(first, width), _parts(second, width)]
 
@@ -475,7 +468,7 @@ def _lost_span(snapshot: Snapshot, *, short: bool) -> Span:
     lost = snapshot.lost
     missed = lost.events + lost.keys
     if not missed:
-        return Span(f"lost {0 if is_watching(snapshot) else NOT_AVAILABLE}")
+        return Span(f"lost {0 if report.measured(snapshot, 'drops') else NOT_AVAILABLE}")
     return Span(f"LOST {number(missed)}" + ("" if short else ": counts are lower bounds"), "critical")
 
 
@@ -492,7 +485,8 @@ def lost_lines(snapshot: Snapshot) -> list[Line]:
             say(f"LOST {plural(lost.keys, 'drop')} without room in the map: counts are lower bounds.", "critical")
         )  # fmt: skip
     if not lines:
-        lines.append(say(f"Lost: {'0; no drop is known to have escaped' if is_watching(snapshot) else NOT_AVAILABLE}"))
+        known = "0; no drop is known to have escaped" if report.measured(snapshot, "drops") else NOT_AVAILABLE
+        lines.append(say(f"Lost: {known}"))
     if lost.hooks:
         lines.append(
             say(f"Hook unknown for {plural(lost.hooks, 'netfilter drop')} (limit on stacks); they are counted.")
@@ -524,7 +518,7 @@ def capability_lines(snapshot: Snapshot, width: int) -> list[Line]:
 
 
 def _total_words(snapshot: Snapshot) -> str:
-    if not is_watching(snapshot):
+    if not report.measured(snapshot, "drops"):
         return f"Dropped: {NOT_AVAILABLE}"
     return (
         f"Dropped: {plural(snapshot.total.packets, 'packet')} ({rate(snapshot.rate_pps)}), and "
@@ -568,7 +562,7 @@ def node_lines(snapshot: Snapshot, width: int) -> list[Line]:
         (),
         *capability_lines(snapshot, width),
         (),
-        say("Not measured yet: CPU steal, softirq time, sysctls, conntrack, listen queues."),
+        say("Not measured yet: CPU steal, softirq time, sysctls, listen queues."),
     ]
     return [
         wrapped
@@ -591,6 +585,7 @@ OWNER_COLUMNS = (
     Column("benign", "BENIGN", 8, right=True, rank=2),
     Column("causes", "CAUSES", 16, 5),
     Column("how", "FOUND BY", 18, rank=5),
+    Column("entries", "CONNTRACK ENTRIES", 17, right=True, rank=6),
 )
 
 
@@ -618,7 +613,7 @@ def _chosen(record: Record, shown: Sequence[int]) -> Record:
 
 def _note(snapshot: Snapshot, state: ViewState, any_rows: bool) -> Line:
     """What a table of drops leaves out, or why it is empty."""
-    if not is_watching(snapshot):
+    if not report.measured(snapshot, "drops"):
         return say(f"{NOT_AVAILABLE}: drops are not watched here, see 6 Node.", "warning")
     nothing = "" if any_rows else "Nothing matches the filter. " if state.filter or state.namespaces else "No drops. "
     benign = snapshot.total.benign_packets
@@ -632,7 +627,10 @@ def owner_groups(snapshot: Snapshot, state: ViewState) -> list[OwnerGroup]:
     With a filter only the drops that match are summed.
     """
     if state.filter:
-        owners = _owner_rows(_drops_of(snapshot, state))
+        conntrack: dict[Hashable, OwnerConntrack | None] = {
+            row.owner.identity: row.conntrack for row in snapshot.owners
+        }
+        owners = _owner_rows(_drops_of(snapshot, state), conntrack)
     else:
         owners = [row for row in snapshot.owners if _in_namespaces(row.owner, state)]
     groups: dict[tuple[str, Hashable], list[OwnerRow]] = {}
@@ -658,7 +656,7 @@ def _owner_group(name: str, rows: Sequence[OwnerRow]) -> OwnerGroup:
         for count in row.causes:
             sums.setdefault(count.cause, []).append(count)
     counts = [
-        CauseCount(cause, sum(count.packets for count in each), _sum(count.connections for count in each))
+        CauseCount(cause, sum(count.packets for count in each), total(count.connections for count in each))
         for cause, each in sums.items()
     ]
     return OwnerGroup(
@@ -670,8 +668,8 @@ def _owner_group(name: str, rows: Sequence[OwnerRow]) -> OwnerGroup:
     )
 
 
-def _owner_rows(drops: Sequence[DropRow]) -> list[OwnerRow]:
-    """What the engine makes of all drops, for some of them."""
+def _owner_rows(drops: Sequence[DropRow], conntrack: Mapping[Hashable, OwnerConntrack | None]) -> list[OwnerRow]:
+    """What the engine makes of all drops, for some of them; `conntrack`, by owner, stays as it is."""
     by_owner: dict[object, list[DropRow]] = {}
     for row in drops:
         by_owner.setdefault(row.owner.identity, []).append(row)
@@ -689,18 +687,28 @@ def _owner_rows(drops: Sequence[DropRow]) -> list[OwnerRow]:
                 ),
                 sum(row.rate_pps for row in rows if not row.benign),
                 tuple(
-                    CauseCount(cause, sum(row.packets for row in each), _sum(row.flows for row in each))
+                    CauseCount(cause, sum(row.packets for row in each), total(row.flows for row in each))
                     for cause, each in sums.items()
                 ),
+                conntrack.get(rows[0].owner.identity),
             )
         )
     return found
 
 
-def _sum(values: Iterable[int | None]) -> int | None:
-    """None as soon as one part is not known."""
-    known = list(values)
-    return None if None in known else sum(value for value in known if value is not None)
+def owner_conntrack(group: OwnerGroup) -> OwnerConntrack | None:
+    """Sums over the owners of a group; a number is None as soon as that of one owner is. None: not measured."""
+    known = [row.conntrack for row in group.owners if row.conntrack is not None]
+    if len(known) < len(group.owners):
+        return None
+    return OwnerConntrack(
+        entries=total(each.entries for each in known),
+        insert_failed=sum(each.insert_failed for each in known),
+        table_full=sum(each.table_full for each in known),
+        early_drop=total(each.early_drop for each in known),
+        clash_resolved=total(each.clash_resolved for each in known),
+        invalid=total(each.invalid for each in known),
+    )
 
 
 def _owner_record(group: OwnerGroup) -> Record:
@@ -714,22 +722,15 @@ def _owner_record(group: OwnerGroup) -> Record:
     how = ", ".join(hows.pop()) if len(hows) == 1 else "several ways"
     workload = (workloads.pop() or "-") if len(workloads) == 1 else "several"
     causes_text = cause_words(group.causes)
+    conntrack = owner_conntrack(group)
+    entries = conntrack.entries if conntrack else None
     return Record(
         (group.name, kind, workload, number(group.drops.packets), rate(group.rate_pps),
-         number(group.drops.benign_packets), causes_text, how),
+         number(group.drops.benign_packets), causes_text, how, number(entries)),
         (group.name, kind, workload, group.drops.packets, group.rate_pps,
-         group.drops.benign_packets, causes_text, how),
+         group.drops.benign_packets, causes_text, how, -1 if entries is None else entries),
         "" if group.drops.packets else "dim",
     )  # fmt: skip
-
-
-def cause_words(counts: Sequence[CauseCount]) -> str:
-    """Causes with their packets, most first; a single one needs no number."""
-    if not counts:
-        return "-"
-    if len(counts) == 1:
-        return counts[0].cause
-    return ", ".join(f"{count.cause} {number(count.packets)}" for count in counts)
 
 
 # Drops
@@ -779,26 +780,11 @@ def _drop_key(row: DropRow) -> tuple[Hashable, ...]:
     )  # fmt: skip
 
 
-ARROWS, ASCII_ARROWS = ("←", "→", "↔"), ("<-", "->", "--")
-
-
-def ends(row: DropRow, arrows: tuple[str, str, str] = ARROWS) -> str:
-    """Owner and peer, with the way the packet went: arrows are (to the owner, from it, past it)."""
-    return f"{row.owner.label} {_peer(row, arrows)}" if row.peer else row.owner.label
-
-
-def _peer(row: DropRow, arrows: tuple[str, str, str] = ARROWS) -> str:
-    if row.peer is None:
-        return "-"
-    arrow = arrows[0] if row.direction == "in" else arrows[1] if row.direction == "out" else arrows[2]
-    return f"{arrow} {row.peer.label}"
-
-
 def _drop_record(group: DropGroup) -> Record:
     row = group.rows[0]
     devices = {each.device for each in group.rows}
     device = (devices.pop() or "-") if len(devices) == 1 else "several"
-    texts = (row.owner.label, _peer(row), row.cause, row.reason or "-", row.location, row.hook or "-", device)
+    texts = (row.owner.label, peer_words(row), row.cause, row.reason or "-", row.location, row.hook or "-", device)
     return Record(
         (*texts, number(group.packets), rate(group.rate_pps)),
         (*texts, group.packets, group.rate_pps),
@@ -806,198 +792,27 @@ def _drop_record(group: DropGroup) -> Record:
     )
 
 
-def place(row: DropRow) -> str:
-    """Where in the kernel: function, hook, device."""
-    text = row.location
-    if row.hook:
-        text += f", hook {row.hook}"
-    if row.conntrack:
-        text += f", conntrack {row.conntrack}"
-    return text
+# Connection tables
 
 
-def flow(row: DropRow) -> str:
-    """Protocol, addresses and ports, as far as they were kept."""
-    parts = [row.protocol or "not IP"]
-    if row.src or row.dst:
-        parts.append(f"{_endpoint(row.src, row.sport)} -> {_endpoint(row.dst, row.dport)}")
-    elif row.family:
-        parts.append("addresses folded")
-    if row.device:
-        parts.append(f"on {row.device}")
-    return " ".join(parts)
-
-
-def _endpoint(address: str | None, port: int | None) -> str:
-    host = address or "?"
-    if port is None:
-        return host
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-# One thing in full
-
-DETAIL_OWNERS, DETAIL_FLOWS = 50, 100
-"""Lines of a kind that a detail page lists, count; the others are announced as a number."""
-
-
-def about(subject: Subject, width: int) -> list[Line]:
-    """One or two lines on what the cursor is on, with what its row had no room for."""
-    if isinstance(subject, DropGroup):
-        row = subject.rows[0]
-        cause = causes.BY_SLUG.get(row.cause)
-        words = cause.title if cause else "a drop that every healthy machine makes"
-        more = f" (and {plural(len(subject.rows) - 1, 'other flow')})" if len(subject.rows) > 1 else ""
-        return [
-            say(cut(f"{row.reason or 'drop'} in {place(row)}: {words}", width)),
-            say(cut(f"{flow(row)}{more}, {ends(row)}", width)),
-        ]
-    if isinstance(subject, OwnerGroup):
-        single = owner_words(subject.owners[0].owner)
-        names = ", ".join(row.owner.name for row in subject.owners)
-        return [
-            say(cut(f"{subject.name}: {names}" if len(subject.owners) > 1 else single, width)),
-            say(cut(cause_words(subject.causes), width)),
-        ]  # fmt: skip
-    return [say(line) for line in wrap(f"{whose(subject)}: {subject.title}", width)]
-
-
-def detail(snapshot: Snapshot, subject: Subject, width: int) -> list[Line]:
-    """Everything known about a finding, an owner group or a drop group."""
-    if isinstance(subject, DropGroup):
-        return _drop_detail(subject, width)
-    if isinstance(subject, OwnerGroup):
-        return _owner_detail(subject, width)
-    return _finding_detail(snapshot, subject, width)
-
-
-def _section(title: str, lines: Iterable[str], width: int, tone: Tone = "") -> list[Line]:
-    wrapped = [say(part, tone) for line in lines for part in wrap("  " + line, width, "    ")]
-    return [(), say(title, "title"), *wrapped]
-
-
-def _finding_detail(snapshot: Snapshot, finding: Finding, width: int) -> list[Line]:
-    lines = finding_lines(snapshot, finding, width, letter=False)[:2]
-    lines += _section(
-        "Who is hurt", [owner_words(owner) + _known_by(owner) for owner in finding.victims[:DETAIL_OWNERS]], width
-    )
-    lines += _more(len(finding.victims) - DETAIL_OWNERS)
-    cause = causes.BY_SLUG.get(finding.cause)
-    if cause:
-        lines += _section("What it feels like", [cause.feels], width)
-    for fix in finding.fix:
-        lines += _section("Fix: " + fix.action, [], width)
-        lines += [say("    " + line, "good") for line in command_lines(fix.command, width - 4, "  ")]
-        words = [f"where: {fix.scope}", f"why: {fix.why}", f"risk: {fix.risk}", f"undo: {fix.undo}"]
-        lines += [say(part) for word in words for part in wrap("  " + word, width, "    ")]
-    if not finding.fix:
-        lines += _section("Fix", ["none known"], width)
-    evidence = [
-        f"{item.name}: {number(item.value) if isinstance(item.value, int) else item.value} {item.unit}  [{item.source}]"
-        for item in finding.evidence
-    ]
-    if cause:
-        evidence.append(f"How it is known: {cause.proof}")
-    lines += _section(f"Evidence ({finding.confidence})", evidence, width)
-    if finding.ruled_out:
-        lines += _section("Ruled out", [f"{item.cause}: {item.because}" for item in finding.ruled_out], width)
-    return [part for line in lines for part in _within(line, width)]
-
-
-def _within(line: Line, width: int) -> list[Line]:
-    """A line, or its text in several where it is too wide."""
-    text = plain(line)
-    return [line] if cells(text) <= width else [say(part, line[0].tone) for part in wrap(text, width, "  ")]
-
-
-def _more(count: int) -> list[Line]:
-    return [say(f"  +{number(count)} more")] if count > 0 else []
-
-
-def _known_by(owner: Owner) -> str:
-    workload = f", of {owner.workload}" if owner.workload else ""
-    return f"{workload} ({owner.kind}, found by {owner.how}, {owner.confidence})"
-
-
-def _owner_detail(group: OwnerGroup, width: int) -> list[Line]:
-    lines: list[Line] = [
-        say(cut(group.name, width, middle=True), "title"),
-        say(f"{plural(group.drops.packets, 'packet')} dropped, now {rate(group.rate_pps)};"
-              f" benign: {number(group.drops.benign_packets)}"),
-    ]  # fmt: skip
-    lines += _section(
-        "Causes",
-        [
-            f"{count.cause}: {plural(count.packets, 'packet')}, {plural(count.connections, 'connection')}"
-            for count in group.causes
-        ]
-        or ["none"],
-        width,
-    )  # fmt: skip
-    owners = [
-        f"{owner_words(row.owner)}: {plural(row.drops.packets, 'packet')}, {rate(row.rate_pps)}{_known_by(row.owner)}"
-        for row in sorted(group.owners, key=lambda row: -row.drops.packets)[:DETAIL_OWNERS]
-    ]
-    lines += _section(plural(len(group.owners), "owner").capitalize(), owners, width)
-    lines += _section(
-        "Not measured yet", [f"conntrack {NOT_AVAILABLE}, TCP {NOT_AVAILABLE}, tunnels {NOT_AVAILABLE}"], width
-    )
-    return [part for line in lines for part in _within(line, width)]
-
-
-def _drop_detail(group: DropGroup, width: int) -> list[Line]:
-    row = group.rows[0]
-    cause = causes.BY_SLUG.get(row.cause)
-    lines: list[Line] = [say(part, "title") for part in wrap(ends(row), width, "  ")]
-    lines += [
-        say(part)
-        for text in (
-            f"{plural(group.packets, 'packet')} dropped, now {rate(group.rate_pps)}",
-            f"cause: {row.cause}" + (f", {cause.title}" if cause else ", normal on every machine"),
-            f"reason: {row.reason or NOT_AVAILABLE + ' (this kernel gives none)'}",
-            f"location: {place(row)}",
-            f"owner: {owner_words(row.owner)}{_known_by(row.owner)}",
-        )
-        for part in wrap(text, width, "  ")
-    ]
-    flows = [
-        f"{plural(each.packets, 'packet')}, {plural(each.skbs, 'buffer')}, {size(each.bytes)}: {flow(each)}"
-        + (f", {plural(each.flows, 'source port')}" if each.flows != 1 else "")
-        for each in group.rows[:DETAIL_FLOWS]
-    ]
-    lines += _section(plural(len(group.rows), "flow").capitalize(), flows, width)
-    return lines + _more(len(group.rows) - DETAIL_FLOWS)
-
-
-def copyable(subject: Subject) -> str:
-    """What `y` copies: the command of a finding's fix, else the row in words."""
-    if isinstance(subject, Finding):
-        return clean(subject.fix[0].command if subject.fix else f"k8sdiag explain {subject.cause}")
-    if isinstance(subject, OwnerGroup):
-        return clean(
-            f"{subject.name}: {plural(subject.drops.packets, 'packet')} dropped, {cause_words(subject.causes)}"
-        )
-    row = subject.rows[0]
-    return clean(
-        f"{ends(row, ASCII_ARROWS)}: {plural(subject.packets, 'packet')} dropped, "
-        f"{row.cause}, {row.reason} in {place(row)}"
-    )
-
-
-def topic(subject: Subject) -> str:
-    """What `e` explains: a cause's slug, else the drop reason; empty where there is none."""
-    if isinstance(subject, Finding):
-        return subject.cause
-    if isinstance(subject, OwnerGroup):
-        return subject.causes[0].cause if subject.causes else ""
-    row = subject.rows[0]
-    return row.reason if row.benign else row.cause
+def conntrack_page(snapshot: Snapshot, state: ViewState, width: int) -> Page:
+    """The Conntrack tab: every table in use, fullest first. A filter does not narrow it: it would hide culprits."""
+    entries = [(row.netns, tracking.record(row), row) for row in snapshot.conntrack]
+    note: Line = ()
+    if not entries:
+        missing = not report.measured(snapshot, "conntrack")
+        note = say(tracking.unwatched(snapshot), "warning" if missing else "dim")
+    elif state.filter or state.namespaces:
+        note = say("All tables, all owners: what narrows the other tabs does not narrow this one.", "dim")
+    return _page(tracking.COLUMNS, entries, state, width, note, usual="used")
 
 
 # One frame as text
 
 
-ONCE_FINDINGS = 10
+ONCE_FINDINGS, ONCE_TABLES, ONCE_OTHER_TABLES = 10, 3, 10
+"""Findings, connection tables in trouble with who loses and who holds them, and others in a sentence, count."""
+ONCE_TABLE_LINES = 24
 _ANSI: dict[Tone, str] = {
     "": "", "critical": "31;1", "warning": "33;1", "info": "36", "good": "32", "dim": "2", "title": "1",
 }  # fmt: skip
@@ -1016,10 +831,11 @@ def once(snapshot: Snapshot, width: int, color: bool = False, *, all_drops: bool
         lines += healthy_lines(snapshot, width)
     elif snapshot.lost.events or snapshot.lost.keys:
         lost = [line for line in lost_lines(snapshot) if line[0].tone == "critical"]
-        lines += [part for line in lost for part in _within(line, width)]
+        lines += [part for line in lost for part in within(line, width)]
     lines += _namespace_table(snapshot.namespaces, width)
     lines += _owner_table(snapshot, state, width)
     lines += _drop_list(snapshot, state, width)
+    lines += _table_list(snapshot, width)
     lines += [(), *_status_lines(snapshot, width)]
     return [_ansi(line) if color else plain(line) for line in lines]
 
@@ -1073,11 +889,31 @@ def _drop_list(snapshot: Snapshot, state: ViewState, width: int) -> list[Line]:
     if len(groups) > state.limit:
         lines.append(say(f"+{len(groups) - state.limit} more"))
     if not groups:
-        lines.append(say("none" if is_watching(snapshot) else NOT_AVAILABLE))
+        lines.append(say("none" if report.measured(snapshot, "drops") else NOT_AVAILABLE))
     benign = snapshot.total.benign_packets
     if benign and not state.all_drops:
         lines.append(say(f"Benign drops not listed: {plural(benign, 'packet')} (--all-drops lists them)."))
-    return [part for line in lines for part in _within(line, width)]
+    return [part for line in lines for part in within(line, width)]
+
+
+def _table_list(snapshot: Snapshot, width: int) -> list[Line]:
+    """Every connection table, and of those in trouble who loses and who holds them."""
+    rows = snapshot.conntrack
+    if not _states_conntrack(snapshot):
+        return []
+    lines: list[Line] = [(), say("Connection tables", "title")]
+    if not rows:
+        return [*lines, *(say(part) for part in wrap(tracking.unwatched(snapshot), width, "  "))]
+    marked = [row for row in rows if tracking.tone(row)][:ONCE_TABLES]
+    for row in marked:
+        lines.append(say(cut(f"{owner_words(row.owner)}, network namespace {row.netns}", width, middle=True)))
+        lines += [*tracking.page_lines(snapshot, row, width, ONCE_TABLE_LINES), ()]
+    others = [row for row in rows if row not in marked]
+    for row in others[:ONCE_OTHER_TABLES]:
+        lines += [say(part) for part in wrap(tracking.summary(row), width, "  ")]
+    if len(others) > ONCE_OTHER_TABLES:
+        lines.append(say(f"+{len(others) - ONCE_OTHER_TABLES} more, all in check -o json"))
+    return [part for line in (lines if lines[-1] else lines[:-1]) for part in within(line, width)]
 
 
 def _status_lines(snapshot: Snapshot, width: int) -> list[Line]:
@@ -1091,7 +927,7 @@ def _status_lines(snapshot: Snapshot, width: int) -> list[Line]:
         *(say(line) for line in blind_spots(snapshot)),
         *cost_lines(snapshot),
     ]
-    return [part for line in lines for part in _within(line, width)]
+    return [part for line in lines for part in within(line, width)]
 
 
 def pods(rows: Sequence[Resident], width: int) -> list[str]:

@@ -16,6 +16,10 @@ BPF_TABLE("percpu_hash", struct flow_key, struct tally, flows_1, FLOWS);
 BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_0, DROPS);
 BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_1, DROPS);
 BPF_RINGBUF_OUTPUT(samples, SAMPLE_PAGES);
+#ifdef OFF_net_ct_stat
+BPF_TABLE("lru_percpu_hash", u32, struct conntrack_seen, seen, NAMESPACES_SEEN);
+BPF_ARRAY_OF_MAPS(anchor, "budget", 1);
+#endif
 
 #ifdef RECURSION_SAFE
 /* From 6.1 on the kernel never runs this program inside itself, so additions need not be atomic, and the first flow
@@ -31,11 +35,11 @@ BPF_PERCPU_ARRAY(slots_1, struct slots, 1);
 #define ADD(to, n) __sync_fetch_and_add(&(to), (n))
 #endif
 
-INLINE void add(struct tally *to, struct tally *one)
+INLINE void add(struct tally *to, u64 packets, u64 bytes)
 {
-	ADD(to->skbs, one->skbs);
-	ADD(to->packets, one->packets);
-	ADD(to->bytes, one->bytes);
+	ADD(to->skbs, 1);
+	ADD(to->packets, packets);
+	ADD(to->bytes, bytes);
 }
 
 INLINE int is_netfilter(u32 reason, u64 location)
@@ -71,9 +75,9 @@ INLINE u8 hook_by_stack(void *ctx, struct control *control)
 /* The hook a netfilter drop happened at. The route attached to the packet tells LOCAL_OUT, LOCAL_IN and FORWARD;
  * not so without a route yet (PRE_ROUTING, ingress, bridge), on loopback (which keeps its route), and where the
  * packet is on its way out of the route's device (POST_ROUTING, egress, or FORWARD back where it came from). */
-INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
+INLINE u8 hook_of(void *ctx, struct skb_view *skb, u64 dev, struct control *control)
 {
-	u64 dst = SKB(skb, u64, _skb_refdst) & ~1ull, dev = SKB(skb, u64, dev), out = 0, input = 0;
+	u64 dst = SKB(skb, u64, _skb_refdst) & ~1ull, out = 0, input = 0;
 	if (dst) {
 		READ(&out, dst + OFF_dst_entry_dev);
 		READ(&input, dst + OFF_dst_entry_input);
@@ -88,16 +92,92 @@ INLINE u8 hook_of(void *ctx, struct skb_view *skb, struct control *control)
 	return hook_by_stack(ctx, control);
 }
 
+#ifdef OFF_net_ct_stat
+/* How far this CPU's per-CPU data are from what a per-CPU pointer says: as far as our own map's value for this CPU,
+ * which a lookup gives, is from the per-CPU pointer in the map. Reading a pointer from memory makes it a number. */
+INLINE u64 percpu_offset(struct control *control)
+{
+	u32 zero = 0;
+	u64 at = 0, here = 0, pointer = 0;
+	struct budget *b = current_budget(control);
+	void *map = anchor.lookup(&zero);
+	if (!b || !map)
+		return 0;
+	if (b->percpu_offset)
+		return b->percpu_offset;
+	if (!READ(&here, &b) && !READ(&at, &map) && !READ(&pointer, at + OFF_bpf_array_pptrs))
+		b->percpu_offset = here - pointer;
+	return b->percpu_offset;
+}
+
+INLINE u32 read_u32(u64 at)
+{
+	u32 value = 0;
+	READ(&value, at);
+	return value;
+}
+
+/* What was in its place before. */
+INLINE u32 exchange(u32 *at, u32 now)
+{
+	u32 was = *at;
+	*at = now;
+	return was;
+}
+
+/* Conntrack counts what it refuses on the CPU that refuses, a moment before the packet is freed there: what rose
+ * in this namespace since the last netfilter drop on this CPU is why this one was dropped. */
+INLINE u8 verdict_of(u64 net, struct control *control)
+{
+	u64 at = 0;
+	u32 netns = 0, failed, dropped, too_long = 0;
+	u64 offset = net ? percpu_offset(control) : 0;
+	if (!offset || READ(&netns, net + OFF_net_ns_inum) || READ(&at, net + OFF_net_ct_stat) || !at)
+		return VERDICT_UNKNOWN;
+	at += offset;
+	struct conntrack_seen none = {}, *last = seen.lookup(&netns);
+	if (!last) {
+		if (!control->baselined)
+			return VERDICT_UNKNOWN;
+		seen.update(&netns, &none);
+		last = seen.lookup(&netns);
+		if (!last)
+			return VERDICT_UNKNOWN;
+	}
+	failed = read_u32(at + OFF_ip_conntrack_stat_insert_failed);
+	dropped = read_u32(at + OFF_ip_conntrack_stat_drop);
+#ifdef OFF_ip_conntrack_stat_chaintoolong
+	too_long = read_u32(at + OFF_ip_conntrack_stat_chaintoolong);
+	too_long -= exchange(&last->chain_too_long, too_long);
+#endif
+	failed -= exchange(&last->insert_failed, failed);
+	dropped -= exchange(&last->drop, dropped);
+	if (!failed && !dropped)
+		return VERDICT_RULE;
+	if (!failed && dropped == 1)
+		return VERDICT_REFUSED;
+	if (failed != 1 || dropped > 1)
+		return VERDICT_UNKNOWN;
+	if (too_long)
+		return VERDICT_CHAIN_TOO_LONG;
+	if (!dropped)
+		return VERDICT_INSERT_FAILED;
+	return VERDICT_CLASH;
+}
+#endif
+
 /* The namespace by the device, else by the socket, the route or the connection. Which one it is (inode, cookie)
  * is read only where the key is not counted yet in this turn. */
-INLINE void fill_netns(struct drop_key *key, struct skb_view *skb, u64 rx_sk, int trust_device)
+INLINE void fill_netns(struct drop_key *key, u64 at, struct skb_view *skb, u64 dev, u64 rx_sk)
 {
-	u64 out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
+	u64 sk = 0, out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
 	key->net = 0;
 	key->ifindex = key->netns_from = 0;
-	if (trust_device && read_device(key, SKB(skb, u64, dev), NETNS_FROM_DEVICE))
+	if (read_device(key, dev, NETNS_FROM_DEVICE))
 		return;
-	if (key->family == 0 || read_socket(key, rx_sk) || read_socket(key, SKB(skb, u64, sk)))
+	if (key->family == 0 || read_socket(key, rx_sk))
+		return;
+	if (!READ(&sk, at + OFF_sk_buff_sk) && read_socket(key, sk))
 		return;
 	if (dst && !READ(&out, dst + OFF_dst_entry_dev) && read_device(key, out, NETNS_FROM_ROUTE))
 		return;
@@ -174,17 +254,17 @@ INLINE struct slot *slot_of(struct flow_key *flow, u32 side)
 	return 0;
 }
 
-INLINE int count_known(struct flow_key *flow, struct tally *one, u32 side)
+INLINE int count_known(struct flow_key *flow, u64 packets, u64 bytes, u32 side)
 {
 	struct slot *slot = slot_of(flow, side);
 	if (slot) {
 		if (slot->tally.skbs)
-			add(&slot->tally, one);
+			add(&slot->tally, packets, bytes);
 		return slot->tally.skbs != 0;
 	}
 	struct tally *have = side ? flows_1.lookup(flow) : flows_0.lookup(flow);
 	if (have)
-		add(have, one);
+		add(have, packets, bytes);
 	return have != 0;
 }
 
@@ -204,7 +284,7 @@ INLINE int count_new(struct flow_key *flow, struct tally *one, struct control *c
 	if (b && !b->flows_full) {
 		if (!(side ? flows_1.insert(flow, one) : flows_0.insert(flow, one)))
 			return 1;
-		if (count_known(flow, one, side)) /* another CPU was first */
+		if (count_known(flow, one->packets, one->bytes, side)) /* another CPU was first */
 			return 0;
 		b->flows_full = 1;
 	}
@@ -215,22 +295,38 @@ INLINE int count_new(struct flow_key *flow, struct tally *one, struct control *c
 		have = side ? drops_1.lookup(key) : drops_0.lookup(key);
 	}
 	if (have)
-		add(have, one);
+		add(have, one->packets, one->bytes);
 	else
 		count_loss(LOSS_KEYS);
 	return 0;
+}
+
+/* A drop whose key is not counted in this turn, as far as it goes: only now it is asked which namespace it is. */
+INLINE void count_unknown(void *ctx, u64 at, struct flow_key *flow, struct skb_view *skb, u64 rx_sk, u64 packets,
+			  u64 bytes, struct control *control)
+{
+	struct drop_key *key = (struct drop_key *)flow;
+	struct tally one = {.skbs = 1, .packets = packets, .bytes = bytes};
+	if (key->net && !read_netns(&one, key->net)) {
+		fill_netns(key, at, skb, 0, rx_sk); /* without the device, which was none */
+		if (key->net && !read_netns(&one, key->net))
+			key->net = 0;
+		if (count_known(flow, packets, bytes, control->side))
+			return;
+	}
+	if (count_new(flow, &one, control))
+		take_sample(ctx, flow, &one, skb, control);
 }
 
 int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 {
 	struct skb_view skb;
 	struct flow_key flow = {};
-	struct tally one = {.skbs = 1};
 	u32 zero = 0;
-	u64 rx_sk = 0, at = ctx->args[0];
+	u64 dev = 0, rx_sk = 0, at = ctx->args[0];
 	struct drop_key *key = (struct drop_key *)&flow;
 	struct control *now = control.lookup(&zero);
-	if (!now || READ(&skb, at + SKB_AT))
+	if (!now || READ(&skb, at + SKB_AT) || READ(&dev, at + OFF_sk_buff_dev))
 		return 0;
 	flow.location = ctx->args[1];
 #if KFREE_ARGS >= 3
@@ -243,24 +339,20 @@ int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)
 	u64 head = SKB(&skb, u64, head);
 	if (SKB(&skb, u16, network_header))
 		read_flow(&flow, head + SKB(&skb, u16, network_header), ethertype);
-	fill_netns(key, &skb, rx_sk, 1);
+	fill_netns(key, at, &skb, dev, rx_sk);
 	flow.iif = SKB(&skb, u32, skb_iif);
-	flow.conntrack = conntrack_of(SKB(&skb, u64, _nfct));
-	if (is_netfilter(flow.reason, flow.location))
-		flow.hook = hook_of(ctx, &skb, now);
-	one.packets = wire_packets(&skb);
-	one.bytes = SKB(&skb, u32, len);
-
-	if (count_known(&flow, &one, now->side))
-		return 0;
-	if (key->net && !read_netns(&one, key->net)) {
-		fill_netns(key, &skb, rx_sk, 0);
-		if (key->net && !read_netns(&one, key->net))
-			key->net = 0;
-		if (count_known(&flow, &one, now->side))
-			return 0;
+	read_conntrack(&flow, SKB(&skb, u64, _nfct));
+	if (is_netfilter(flow.reason, flow.location)) {
+		flow.hook = hook_of(ctx, &skb, dev, now);
+#ifdef OFF_net_ct_stat
+		flow.verdict = verdict_of(flow.net, now);
+#endif
+#ifdef KPROBES
+		flow.verdict = probed_verdict(flow.verdict, at, flow.conntrack);
+#endif
 	}
-	if (count_new(&flow, &one, now))
-		take_sample(ctx, &flow, &one, &skb, now);
+	u64 packets = wire_packets(&skb), bytes = SKB(&skb, u32, len);
+	if (!count_known(&flow, packets, bytes, now->side))
+		count_unknown(ctx, at, &flow, &skb, rx_sk, packets, bytes, now);
 	return 0;
 }

@@ -125,13 +125,22 @@ INLINE u32 ipv6_transport(u64 l3, u8 *protocol)
 	return at;
 }
 
-/* Family, protocol, addresses and ports of the packet whose network header is at l3. */
+INLINE u8 segment_of(u8 flags)
+{
+	if (flags & 4)
+		return SEGMENT_RST;
+	if (flags & 2)
+		return flags & 16 ? SEGMENT_SYN_ACK : SEGMENT_SYN;
+	return flags & 1 ? SEGMENT_FIN : SEGMENT_OTHER;
+}
+
+/* Family, protocol, addresses, ports and TCP flags of the packet whose network header is at l3. */
 INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 {
-	u64 words[6];
+	u64 words[7];
 	u8 *h = (u8 *)words, protocol;
 	u32 transport;
-	if (bpf_probe_read_kernel(words, 44, (const void *)l3))
+	if (bpf_probe_read_kernel(words, 56, (const void *)l3))
 		return;
 	if (ethertype == ETHERTYPE_IPV4 && h[0] >> 4 == 4) {
 		flow->family = 2;
@@ -142,8 +151,10 @@ INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 		src[3] = *(u32 *)(h + 12);
 		dst[3] = *(u32 *)(h + 16);
 		transport = (be16(h + 6) & 0x1fff) ? 0 : (h[0] & 15) * 4;
-		if (transport == 20)
+		if (transport == 20) {
 			__builtin_memcpy(h + 40, h + 20, 4);
+			h[53] = h[33];
+		}
 	} else if (ethertype == ETHERTYPE_IPV6 && h[0] >> 4 == 6) {
 		flow->family = 10;
 		protocol = h[6];
@@ -151,7 +162,7 @@ INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 		__builtin_memcpy(flow->dst, h + 24, 16);
 		transport = ipv6_transport(l3, &protocol);
 		if (transport == 40)
-			transport = 20; /* as above: the ports are in h[40..43] */
+			transport = 20; /* as above: the ports are in h[40..43], the flags in h[53] */
 		else if (transport == 20)
 			transport = 0;
 	} else {
@@ -161,9 +172,11 @@ INLINE void read_flow(struct flow_key *flow, u64 l3, u16 ethertype)
 	if (!transport || !has_ports(protocol))
 		return;
 	if (transport != 20)
-		bpf_probe_read_kernel(h + 40, 4, (const void *)(l3 + transport));
+		bpf_probe_read_kernel(h + 40, 16, (const void *)(l3 + transport));
 	u32 ports = __builtin_bswap32(*(u32 *)(h + 40));
 	*(u32 *)&flow->sport = ports << 16 | ports >> 16; /* sport, dport side by side */
+	if (protocol == 6)
+		flow->segment = segment_of(h[53]);
 }
 
 /* Where the headers end, seen from the network header: after the transport header, inside a VXLAN tunnel after
@@ -188,19 +201,56 @@ INLINE u32 headers_end(u64 l3, u8 protocol, u32 transport)
 	return protocol == 6 ? transport + (h[12] >> 4) * 4 : transport + (protocol == 17 || protocol == 1 ? 8 : 0);
 }
 
-/* What the packet's connection was to conntrack when it died. */
-INLINE u8 conntrack_of(u64 nfct)
+#ifdef OFF_nf_conn_tuplehash
+/* Addresses and ports of a struct nf_conntrack_tuple. */
+INLINE void read_tuple(u64 at, u8 family, u8 protocol, u8 *src, u8 *dst, u16 *sport, u16 *dport)
 {
-	u64 status = 0;
-	if ((nfct & 7) == 7)
-		return CONNTRACK_UNTRACKED;
-	if (!(nfct & ~7ull))
-		return CONNTRACK_NONE;
-#ifdef OFF_nf_conn_status
-	if (!READ(&status, (nfct & ~7ull) + OFF_nf_conn_status))
-		return status & 8 /* IPS_CONFIRMED */ ? CONNTRACK_CONFIRMED : CONNTRACK_NEW;
+	if (family == 2) {
+		*(u32 *)(src + 8) = *(u32 *)(dst + 8) = 0xffff0000;
+		READ((u32 *)(src + 12), at + OFF_nf_conntrack_tuple_src_u3);
+		READ((u32 *)(dst + 12), at + OFF_nf_conntrack_tuple_dst_u3);
+	} else {
+		bpf_probe_read_kernel(src, 16, (const void *)(at + OFF_nf_conntrack_tuple_src_u3));
+		bpf_probe_read_kernel(dst, 16, (const void *)(at + OFF_nf_conntrack_tuple_dst_u3));
+	}
+	if (has_ports(protocol)) {
+		READ(sport, at + OFF_nf_conntrack_tuple_src_u);
+		READ(dport, at + OFF_nf_conntrack_tuple_dst_u);
+		*sport = __builtin_bswap16(*sport);
+		*dport = __builtin_bswap16(*dport);
+	}
+}
 #endif
-	return CONNTRACK_UNKNOWN;
+
+/* What the packet's connection was to conntrack when it died. Translation is seen through: the flow becomes the one
+ * that was sent, whatever the headers say by now, and beside it stands the one its reply would be. */
+INLINE void read_conntrack(struct flow_key *flow, u64 nfct)
+{
+	u64 status = 0, ct = nfct & ~7ull;
+	if ((nfct & 7) == 7) {
+		flow->conntrack = CONNTRACK_UNTRACKED;
+		return;
+	}
+	if (!ct)
+		return;
+	flow->conntrack = CONNTRACK_UNKNOWN;
+#ifdef OFF_nf_conn_status
+	if (READ(&status, ct + OFF_nf_conn_status))
+		return;
+	flow->conntrack = status & 8 /* IPS_CONFIRMED */ ? CONNTRACK_CONFIRMED : CONNTRACK_NEW;
+#ifdef OFF_nf_conn_tuplehash
+	flow->nat = status >> 4 & 3; /* IPS_SRC_NAT, IPS_DST_NAT */
+	if (!flow->nat || !flow->family)
+		return;
+	u64 original = ct + OFF_nf_conn_tuplehash + OFF_nf_conntrack_tuple_hash_tuple;
+	u64 reply = original + SIZE_nf_conntrack_tuple_hash;
+	int is_reply = (nfct & 7) >= 3; /* IP_CT_IS_REPLY */
+	read_tuple(is_reply ? reply : original, flow->family, flow->protocol, flow->src, flow->dst,
+		   &flow->sport, &flow->dport);
+	read_tuple(is_reply ? original : reply, flow->family, flow->protocol, flow->reply_src, flow->reply_dst,
+		   &flow->reply_sport, &flow->reply_dport);
+#endif
+#endif
 }
 
 /* Packets on the wire that a buffer stands for: its segments, kept behind the linear data, or one. */

@@ -4,6 +4,8 @@
 #define HOOK_FRAMES 6
 #define SLOTS 64
 #define SAMPLE_BYTES 128
+#define PROBED 128
+#define NAMESPACES_SEEN 4096
 
 enum {
 	HOOK_NONE = 0,
@@ -19,11 +21,37 @@ enum {
 };
 
 enum {
+	VERDICT_NONE = 0,
+	VERDICT_RULE = 1,
+	VERDICT_REFUSED = 2,
+	VERDICT_CLASH = 3,
+	VERDICT_CHAIN_TOO_LONG = 4,
+	VERDICT_INSERT_FAILED = 5,
+	VERDICT_UNKNOWN = 6,
+};
+
+enum {
 	CONNTRACK_NONE = 0,
 	CONNTRACK_UNTRACKED = 1,
 	CONNTRACK_NEW = 2,
 	CONNTRACK_CONFIRMED = 3,
 	CONNTRACK_UNKNOWN = 4,
+};
+
+enum {
+	NAT_NONE = 0,
+	NAT_SRC = 1,
+	NAT_DST = 2,
+	NAT_BOTH = 3,
+};
+
+enum {
+	SEGMENT_NONE = 0,
+	SEGMENT_SYN = 1,
+	SEGMENT_SYN_ACK = 2,
+	SEGMENT_FIN = 3,
+	SEGMENT_RST = 4,
+	SEGMENT_OTHER = 5,
 };
 
 enum {
@@ -45,21 +73,27 @@ struct drop_key {
 	u64 location;	/* return address inside the dropping function */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u16 hook;	/* enum Hook of wire.py */
+	u8 hook;	/* enum Hook of wire.py */
+	u8 verdict;	/* enum Verdict of wire.py, plus PROBED where a probe saw it */
 	u8 conntrack;	/* enum Conntrack of wire.py */
+	u8 nat;	/* enum Nat of wire.py */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u16 family;	/* AF_INET, AF_INET6 or 0 */
-	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
+	u8 family;	/* AF_INET, AF_INET6 or 0 */
+	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
+	u8 segment;	/* enum Segment of wire.py */
 };
 _Static_assert(__builtin_offsetof(struct drop_key, net) == 0, "drop_key.net");
 _Static_assert(__builtin_offsetof(struct drop_key, location) == 8, "drop_key.location");
 _Static_assert(__builtin_offsetof(struct drop_key, ifindex) == 16, "drop_key.ifindex");
 _Static_assert(__builtin_offsetof(struct drop_key, reason) == 20, "drop_key.reason");
 _Static_assert(__builtin_offsetof(struct drop_key, hook) == 24, "drop_key.hook");
+_Static_assert(__builtin_offsetof(struct drop_key, verdict) == 25, "drop_key.verdict");
 _Static_assert(__builtin_offsetof(struct drop_key, conntrack) == 26, "drop_key.conntrack");
-_Static_assert(__builtin_offsetof(struct drop_key, netns_from) == 27, "drop_key.netns_from");
-_Static_assert(__builtin_offsetof(struct drop_key, family) == 28, "drop_key.family");
+_Static_assert(__builtin_offsetof(struct drop_key, nat) == 27, "drop_key.nat");
+_Static_assert(__builtin_offsetof(struct drop_key, netns_from) == 28, "drop_key.netns_from");
+_Static_assert(__builtin_offsetof(struct drop_key, family) == 29, "drop_key.family");
 _Static_assert(__builtin_offsetof(struct drop_key, protocol) == 30, "drop_key.protocol");
+_Static_assert(__builtin_offsetof(struct drop_key, segment) == 31, "drop_key.segment");
 _Static_assert(sizeof(struct drop_key) == 32, "drop_key");
 
 struct flow_key {
@@ -67,32 +101,48 @@ struct flow_key {
 	u64 location;	/* return address inside the dropping function */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u16 hook;	/* enum Hook of wire.py */
+	u8 hook;	/* enum Hook of wire.py */
+	u8 verdict;	/* enum Verdict of wire.py, plus PROBED where a probe saw it */
 	u8 conntrack;	/* enum Conntrack of wire.py */
+	u8 nat;	/* enum Nat of wire.py */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u16 family;	/* AF_INET, AF_INET6 or 0 */
-	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
-	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d */
+	u8 family;	/* AF_INET, AF_INET6 or 0 */
+	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
+	u8 segment;	/* enum Segment of wire.py */
+	u8 reply_src[16];	/* where the connection is translated: source of its reply; else zero */
+	u8 reply_dst[16];	/* and destination */
+	u16 reply_sport;	/* and ports, as below */
+	u16 reply_dport;	/* and ports, as below */
+	u32 iif;	/* skb->skb_iif, the device the packet came in by */
+	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d; where translated, as the packet was sent */
 	u8 dst[16];	/* destination */
 	u16 sport;	/* source port, host order, 0 where the protocol has none */
 	u16 dport;	/* destination port */
-	u32 iif;	/* skb->skb_iif, the device the packet came in by */
+	u32 flow_pad;	/* zero */
 };
 _Static_assert(__builtin_offsetof(struct flow_key, net) == 0, "flow_key.net");
 _Static_assert(__builtin_offsetof(struct flow_key, location) == 8, "flow_key.location");
 _Static_assert(__builtin_offsetof(struct flow_key, ifindex) == 16, "flow_key.ifindex");
 _Static_assert(__builtin_offsetof(struct flow_key, reason) == 20, "flow_key.reason");
 _Static_assert(__builtin_offsetof(struct flow_key, hook) == 24, "flow_key.hook");
+_Static_assert(__builtin_offsetof(struct flow_key, verdict) == 25, "flow_key.verdict");
 _Static_assert(__builtin_offsetof(struct flow_key, conntrack) == 26, "flow_key.conntrack");
-_Static_assert(__builtin_offsetof(struct flow_key, netns_from) == 27, "flow_key.netns_from");
-_Static_assert(__builtin_offsetof(struct flow_key, family) == 28, "flow_key.family");
+_Static_assert(__builtin_offsetof(struct flow_key, nat) == 27, "flow_key.nat");
+_Static_assert(__builtin_offsetof(struct flow_key, netns_from) == 28, "flow_key.netns_from");
+_Static_assert(__builtin_offsetof(struct flow_key, family) == 29, "flow_key.family");
 _Static_assert(__builtin_offsetof(struct flow_key, protocol) == 30, "flow_key.protocol");
-_Static_assert(__builtin_offsetof(struct flow_key, src) == 32, "flow_key.src");
-_Static_assert(__builtin_offsetof(struct flow_key, dst) == 48, "flow_key.dst");
-_Static_assert(__builtin_offsetof(struct flow_key, sport) == 64, "flow_key.sport");
-_Static_assert(__builtin_offsetof(struct flow_key, dport) == 66, "flow_key.dport");
+_Static_assert(__builtin_offsetof(struct flow_key, segment) == 31, "flow_key.segment");
+_Static_assert(__builtin_offsetof(struct flow_key, reply_src) == 32, "flow_key.reply_src");
+_Static_assert(__builtin_offsetof(struct flow_key, reply_dst) == 48, "flow_key.reply_dst");
+_Static_assert(__builtin_offsetof(struct flow_key, reply_sport) == 64, "flow_key.reply_sport");
+_Static_assert(__builtin_offsetof(struct flow_key, reply_dport) == 66, "flow_key.reply_dport");
 _Static_assert(__builtin_offsetof(struct flow_key, iif) == 68, "flow_key.iif");
-_Static_assert(sizeof(struct flow_key) == 72, "flow_key");
+_Static_assert(__builtin_offsetof(struct flow_key, src) == 72, "flow_key.src");
+_Static_assert(__builtin_offsetof(struct flow_key, dst) == 88, "flow_key.dst");
+_Static_assert(__builtin_offsetof(struct flow_key, sport) == 104, "flow_key.sport");
+_Static_assert(__builtin_offsetof(struct flow_key, dport) == 106, "flow_key.dport");
+_Static_assert(__builtin_offsetof(struct flow_key, flow_pad) == 108, "flow_key.flow_pad");
+_Static_assert(sizeof(struct flow_key) == 112, "flow_key");
 
 struct tally {
 	u64 skbs;	/* buffers freed */
@@ -115,40 +165,66 @@ struct control {
 	u32 turn;	/* increases at each switch; renews the budgets */
 	u32 samples;	/* samples each CPU may take per turn */
 	u32 stacks;	/* stacks each CPU may take per turn to find a hook */
+	u32 baselined;	/* 1: a namespace that conntrack_seen lacks had no conntrack failures before */
+	u32 control_pad;	/* zero */
 };
 _Static_assert(__builtin_offsetof(struct control, side) == 0, "control.side");
 _Static_assert(__builtin_offsetof(struct control, turn) == 4, "control.turn");
 _Static_assert(__builtin_offsetof(struct control, samples) == 8, "control.samples");
 _Static_assert(__builtin_offsetof(struct control, stacks) == 12, "control.stacks");
-_Static_assert(sizeof(struct control) == 16, "control");
+_Static_assert(__builtin_offsetof(struct control, baselined) == 16, "control.baselined");
+_Static_assert(__builtin_offsetof(struct control, control_pad) == 20, "control.control_pad");
+_Static_assert(sizeof(struct control) == 24, "control");
 
 struct budget {
 	u32 turn;	/* the turn these numbers belong to */
 	u32 samples;	/* taken in this turn */
 	u32 stacks;	/* taken in this turn */
 	u32 flows_full;	/* the flow map had no room in this turn: insert no more */
+	u64 percpu_offset;	/* where this CPU's per-CPU data stand, relative to a per-CPU pointer; 0 not yet known */
 };
 _Static_assert(__builtin_offsetof(struct budget, turn) == 0, "budget.turn");
 _Static_assert(__builtin_offsetof(struct budget, samples) == 4, "budget.samples");
 _Static_assert(__builtin_offsetof(struct budget, stacks) == 8, "budget.stacks");
 _Static_assert(__builtin_offsetof(struct budget, flows_full) == 12, "budget.flows_full");
-_Static_assert(sizeof(struct budget) == 16, "budget");
+_Static_assert(__builtin_offsetof(struct budget, percpu_offset) == 16, "budget.percpu_offset");
+_Static_assert(sizeof(struct budget) == 24, "budget");
+
+struct conntrack_seen {
+	u32 insert_failed;	/* one CPU's ip_conntrack_stat when the last netfilter drop there was looked at */
+	u32 drop;	/* the same */
+	u32 chain_too_long;	/* the same; 0 on kernels without it */
+	u32 seen_pad;	/* zero */
+};
+_Static_assert(__builtin_offsetof(struct conntrack_seen, insert_failed) == 0, "conntrack_seen.insert_failed");
+_Static_assert(__builtin_offsetof(struct conntrack_seen, drop) == 4, "conntrack_seen.drop");
+_Static_assert(__builtin_offsetof(struct conntrack_seen, chain_too_long) == 8, "conntrack_seen.chain_too_long");
+_Static_assert(__builtin_offsetof(struct conntrack_seen, seen_pad) == 12, "conntrack_seen.seen_pad");
+_Static_assert(sizeof(struct conntrack_seen) == 16, "conntrack_seen");
 
 struct sample {
 	u64 net;	/* struct net *, 0 unknown; which one it was, the tally says */
 	u64 location;	/* return address inside the dropping function */
 	u32 ifindex;	/* skb->dev->ifindex, 0 without a device */
 	u32 reason;	/* enum skb_drop_reason of this kernel, 0 before 5.17 */
-	u16 hook;	/* enum Hook of wire.py */
+	u8 hook;	/* enum Hook of wire.py */
+	u8 verdict;	/* enum Verdict of wire.py, plus PROBED where a probe saw it */
 	u8 conntrack;	/* enum Conntrack of wire.py */
+	u8 nat;	/* enum Nat of wire.py */
 	u8 netns_from;	/* enum NetnsFrom of wire.py */
-	u16 family;	/* AF_INET, AF_INET6 or 0 */
-	u16 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
-	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d */
+	u8 family;	/* AF_INET, AF_INET6 or 0 */
+	u8 protocol;	/* IPPROTO_* of the transport header, 0 unless IP */
+	u8 segment;	/* enum Segment of wire.py */
+	u8 reply_src[16];	/* where the connection is translated: source of its reply; else zero */
+	u8 reply_dst[16];	/* and destination */
+	u16 reply_sport;	/* and ports, as below */
+	u16 reply_dport;	/* and ports, as below */
+	u32 iif;	/* skb->skb_iif, the device the packet came in by */
+	u8 src[16];	/* source, IPv4 as ::ffff:a.b.c.d; where translated, as the packet was sent */
 	u8 dst[16];	/* destination */
 	u16 sport;	/* source port, host order, 0 where the protocol has none */
 	u16 dport;	/* destination port */
-	u32 iif;	/* skb->skb_iif, the device the packet came in by */
+	u32 flow_pad;	/* zero */
 	u64 netns_cookie;	/* as in tally */
 	u64 t_ns;	/* CLOCK_BOOTTIME */
 	u32 netns;	/* as in tally */
@@ -164,22 +240,30 @@ _Static_assert(__builtin_offsetof(struct sample, location) == 8, "sample.locatio
 _Static_assert(__builtin_offsetof(struct sample, ifindex) == 16, "sample.ifindex");
 _Static_assert(__builtin_offsetof(struct sample, reason) == 20, "sample.reason");
 _Static_assert(__builtin_offsetof(struct sample, hook) == 24, "sample.hook");
+_Static_assert(__builtin_offsetof(struct sample, verdict) == 25, "sample.verdict");
 _Static_assert(__builtin_offsetof(struct sample, conntrack) == 26, "sample.conntrack");
-_Static_assert(__builtin_offsetof(struct sample, netns_from) == 27, "sample.netns_from");
-_Static_assert(__builtin_offsetof(struct sample, family) == 28, "sample.family");
+_Static_assert(__builtin_offsetof(struct sample, nat) == 27, "sample.nat");
+_Static_assert(__builtin_offsetof(struct sample, netns_from) == 28, "sample.netns_from");
+_Static_assert(__builtin_offsetof(struct sample, family) == 29, "sample.family");
 _Static_assert(__builtin_offsetof(struct sample, protocol) == 30, "sample.protocol");
-_Static_assert(__builtin_offsetof(struct sample, src) == 32, "sample.src");
-_Static_assert(__builtin_offsetof(struct sample, dst) == 48, "sample.dst");
-_Static_assert(__builtin_offsetof(struct sample, sport) == 64, "sample.sport");
-_Static_assert(__builtin_offsetof(struct sample, dport) == 66, "sample.dport");
+_Static_assert(__builtin_offsetof(struct sample, segment) == 31, "sample.segment");
+_Static_assert(__builtin_offsetof(struct sample, reply_src) == 32, "sample.reply_src");
+_Static_assert(__builtin_offsetof(struct sample, reply_dst) == 48, "sample.reply_dst");
+_Static_assert(__builtin_offsetof(struct sample, reply_sport) == 64, "sample.reply_sport");
+_Static_assert(__builtin_offsetof(struct sample, reply_dport) == 66, "sample.reply_dport");
 _Static_assert(__builtin_offsetof(struct sample, iif) == 68, "sample.iif");
-_Static_assert(__builtin_offsetof(struct sample, netns_cookie) == 72, "sample.netns_cookie");
-_Static_assert(__builtin_offsetof(struct sample, t_ns) == 80, "sample.t_ns");
-_Static_assert(__builtin_offsetof(struct sample, netns) == 88, "sample.netns");
-_Static_assert(__builtin_offsetof(struct sample, length) == 92, "sample.length");
-_Static_assert(__builtin_offsetof(struct sample, captured) == 96, "sample.captured");
-_Static_assert(__builtin_offsetof(struct sample, frames) == 98, "sample.frames");
-_Static_assert(__builtin_offsetof(struct sample, sample_pad) == 100, "sample.sample_pad");
-_Static_assert(__builtin_offsetof(struct sample, stack) == 104, "sample.stack");
-_Static_assert(__builtin_offsetof(struct sample, headers) == 184, "sample.headers");
-_Static_assert(sizeof(struct sample) == 312, "sample");
+_Static_assert(__builtin_offsetof(struct sample, src) == 72, "sample.src");
+_Static_assert(__builtin_offsetof(struct sample, dst) == 88, "sample.dst");
+_Static_assert(__builtin_offsetof(struct sample, sport) == 104, "sample.sport");
+_Static_assert(__builtin_offsetof(struct sample, dport) == 106, "sample.dport");
+_Static_assert(__builtin_offsetof(struct sample, flow_pad) == 108, "sample.flow_pad");
+_Static_assert(__builtin_offsetof(struct sample, netns_cookie) == 112, "sample.netns_cookie");
+_Static_assert(__builtin_offsetof(struct sample, t_ns) == 120, "sample.t_ns");
+_Static_assert(__builtin_offsetof(struct sample, netns) == 128, "sample.netns");
+_Static_assert(__builtin_offsetof(struct sample, length) == 132, "sample.length");
+_Static_assert(__builtin_offsetof(struct sample, captured) == 136, "sample.captured");
+_Static_assert(__builtin_offsetof(struct sample, frames) == 138, "sample.frames");
+_Static_assert(__builtin_offsetof(struct sample, sample_pad) == 140, "sample.sample_pad");
+_Static_assert(__builtin_offsetof(struct sample, stack) == 144, "sample.stack");
+_Static_assert(__builtin_offsetof(struct sample, headers) == 224, "sample.headers");
+_Static_assert(sizeof(struct sample) == 352, "sample");

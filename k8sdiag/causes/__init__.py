@@ -9,26 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from k8sdiag.causes import node, policy, routing, sockets
-from k8sdiag.causes.benign import is_benign
-from k8sdiag.causes.cause import Cause, Connections, Drop, Severities, Window
-from k8sdiag.snapshot import DropRow, Evidence, Finding, Owner
+from k8sdiag.causes import conntrack, node, policy, routing, sockets
+from k8sdiag.causes.benign import BENIGN, is_benign
+from k8sdiag.causes.cause import Case, Cause, Connections, Drop, Severities, Window
+from k8sdiag.causes.conntrack import decide
+from k8sdiag.facts import Confidence
+from k8sdiag.snapshot import ConntrackRow, DropRow, Evidence, Finding, Owner
 
 __all__ = [
     "ALL",
     "BENIGN",
     "BY_SLUG",
     "UNEXPLAINED",
+    "Case",
     "Cause",
     "Connections",
     "Drop",
     "Severities",
     "Window",
     "cause_of",
+    "confidence_of",
+    "decide",
     "findings",
 ]
 
-BENIGN = "benign"
 UNEXPLAINED = Cause(
     slug="unexplained",
     title="packets dropped for a reason outside the catalogue",
@@ -40,15 +44,46 @@ UNEXPLAINED = Cause(
     fix=lambda _: (),
     confidence="possible",
 )
-ALL: tuple[Cause, ...] = (*node.CAUSES, *policy.CAUSES, *routing.CAUSES, *sockets.CAUSES, UNEXPLAINED)
+ALL: tuple[Cause, ...] = (
+    *conntrack.CAUSES,
+    *node.CAUSES,
+    *policy.CAUSES,
+    *routing.CAUSES,
+    *sockets.CAUSES,
+    UNEXPLAINED,
+)
 BY_SLUG: dict[str, Cause] = {cause.slug: cause for cause in ALL}
 
 
+_SEVERITIES = ("critical", "warning", "info")
+_CONFIDENCES: tuple[Confidence, ...] = ("possible", "likely", "proven")
+
+
 def cause_of(drop: Drop) -> str:
-    """Slug of the cause of a drop, or BENIGN."""
+    """Slug of the cause of a drop, BENIGN, or what only decide() can make one of these from."""
     if is_benign(drop):
         return BENIGN
-    return next(cause.slug for cause in ALL if cause.claims(drop))
+    return conntrack.undecided(drop) or next(cause.slug for cause in ALL if cause.claims(drop))
+
+
+def confidence_of(slug: str, first: str, verdict: str, *, probed: bool = False, reason: int | str = "") -> Confidence:
+    """How sure it is that `slug` is the cause of a drop.
+
+    `first` is what cause_of() said of it, before decide(); verdict and probed are those of facts.DropKey; reason is
+    the kernel's, by number or name, falsy where it gives none.
+    """
+    if slug == BENIGN:
+        return "proven"
+    told: Confidence
+    if first not in (slug, conntrack.UNDECIDED_PORT) and slug in conntrack.SLUGS:
+        told = "possible"  # the window's statistics decided, not those at the packet
+    elif verdict == "INSERT_FAILED":
+        told = "likely" if probed else "possible"  # an entry that was being deleted clashed with nothing
+    elif slug in conntrack.SLUGS and verdict:
+        told = "proven" if probed else "likely"
+    else:
+        told = "proven" if reason else "likely"
+    return min(told, BY_SLUG[slug].confidence, key=_CONFIDENCES.index)
 
 
 def findings(window: Window, ignored: Callable[[str, Owner], bool] = lambda _slug, _owner: False) -> list[Finding]:
@@ -58,13 +93,25 @@ def findings(window: Window, ignored: Callable[[str, Owner], bool] = lambda _slu
         if not row.benign:
             groups.setdefault((row.cause, row.owner.group), []).append(row)
     found = [_finding(BY_SLUG[slug], rows, window, ignored) for (slug, _), rows in groups.items()]
-    order = ("critical", "warning", "info")
+    for (slug, group), tables in _noticed(window).items():
+        if (slug, group) not in groups:
+            found.append(_finding_without_drops(BY_SLUG[slug], tables, window, ignored))
 
     def rank(finding: Finding) -> tuple[bool, int, int, str, str]:
-        severity = order.index(finding.severity)
+        severity = _SEVERITIES.index(finding.severity)
         return finding.ignored, severity, -finding.packets, finding.cause, finding.victims[0].label
 
     return sorted(found, key=rank)
+
+
+def _noticed(window: Window) -> dict[tuple[str, object], list[ConntrackRow]]:
+    """Tables whose statistics are a finding, by slug and group of their owners."""
+    found: dict[tuple[str, object], list[ConntrackRow]] = {}
+    for cause in ALL:
+        for table in window.tables:
+            if cause.notices(table, window.seconds) is not None:
+                found.setdefault((cause.slug, table.owner.group), []).append(table)
+    return found
 
 
 def _finding(cause: Cause, rows: Sequence[DropRow], window: Window, ignored: Callable[[str, Owner], bool]) -> Finding:
@@ -74,34 +121,69 @@ def _finding(cause: Cause, rows: Sequence[DropRow], window: Window, ignored: Cal
         owner, sum_ = per_owner.get(row.owner.identity, (row.owner, 0))
         per_owner[row.owner.identity] = owner, sum_ + row.packets
     victims = sorted(per_owner.values(), key=lambda pair: (-pair[1], pair[0].label))
+    case = Case(rows, window.tables, window.seconds)
+    told = all((row.verdict or "unknown") != "unknown" for row in rows)
     return Finding(
         cause=cause.slug,
         severity=cause.severities.judge(packets, window.seconds),
-        confidence="likely"
-        if cause.confidence == "proven" and not all(row.reason for row in rows)
-        else cause.confidence,
+        confidence=_confidence(cause, case),
         ignored=all(ignored(cause.slug, owner) for owner, _ in victims),
         title=cause.title,
         victims=tuple(owner for owner, _ in victims),
-        culprits=(),
+        culprits=cause.culprits(case),
         packets=packets,
         connections=window.connections(rows),
-        evidence=tuple(_evidence(rows, victims, window.seconds)),
-        fix=cause.fix(rows),
+        evidence=(*_places(case, packets), *cause.evidence(case), *_victims(victims)),
+        fix=cause.fix(case),
+        ruled_out=cause.ruled_out + (cause.ruled_out_by_verdict if told else ()),
+    )
+
+
+def _finding_without_drops(
+    cause: Cause, tables: Sequence[ConntrackRow], window: Window, ignored: Callable[[str, Owner], bool]
+) -> Finding:
+    noticed = [one for table in tables if (one := cause.notices(table, window.seconds)) is not None]
+    worst = min(noticed, key=lambda one: _SEVERITIES.index(one.severity))
+    victims = {table.owner.identity: table.owner for table in tables}.values()
+    case = Case((), tables, window.seconds)
+    return Finding(
+        cause=cause.slug,
+        severity=worst.severity,
+        confidence="likely",  # counters alone: they name no packet
+        ignored=all(ignored(cause.slug, owner) for owner in victims),
+        title=worst.title,
+        victims=tuple(victims),
+        culprits=cause.culprits(case),
+        packets=0,
+        connections=None,
+        evidence=tuple(cause.evidence(case)),
+        fix=cause.fix(case),
         ruled_out=cause.ruled_out,
     )
 
 
-def _evidence(rows: Sequence[DropRow], victims: Sequence[tuple[Owner, int]], seconds: float) -> Iterable[Evidence]:
+def _confidence(cause: Cause, case: Case) -> Confidence:
+    """That of most packets, and no more than what the cause and its doubts allow."""
+    packets = dict.fromkeys(_CONFIDENCES, 0)
+    for row in case.rows:
+        packets[row.confidence] += row.packets
+    most = max(_CONFIDENCES, key=lambda one: packets[one])  # of as many, the weakest
+    if cause.is_doubtful(case):
+        return "possible"
+    return min(most, cause.confidence, key=_CONFIDENCES.index)
+
+
+def _places(case: Case, packets: int) -> Iterable[Evidence]:
     places: dict[tuple[str, str, str | None], int] = {}
-    for row in rows:
+    for row in case.rows:
         place = row.reason, row.location, row.hook
         places[place] = places.get(place, 0) + row.packets
-    for (reason, location, hook), packets in sorted(places.items(), key=lambda item: -item[1])[:3]:
+    for (reason, location, hook), count in sorted(places.items(), key=lambda item: -item[1])[:3]:
         at = f"{location} ({hook})" if hook else location
-        yield Evidence(f"{reason or 'drop'} at {at}", packets, "packets", "skb:kfree_skb")
-    yield Evidence(
-        "rate", round(sum(count for _, count in victims) / max(seconds, 1e-9), 2), "packets/s", "skb:kfree_skb"
-    )
+        yield Evidence(f"{reason or 'drop'} at {at}", count, "packets", "skb:kfree_skb")
+    yield Evidence("rate", round(packets / max(case.seconds, 1e-9), 2), "packets/s", "skb:kfree_skb")
+
+
+def _victims(victims: Sequence[tuple[Owner, int]]) -> Iterable[Evidence]:
     for owner, packets in victims[:5]:
         yield Evidence(f"dropped for {owner.label}", packets, "packets", f"attributed by {owner.how}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from k8sdiag.causes.cause import Drop
 
+BENIGN = "benign"
 _REASONS = frozenset(
     [
         "SKB_CONSUMED",
@@ -79,7 +80,7 @@ def is_benign(drop: Drop) -> bool:
         return True
     if drop.location in _LOCATIONS or drop.location.startswith(_LOCATION_BEGINNINGS):
         return True
-    if drop.reason in _DELIBERATE:
+    if drop.reason in _DELIBERATE or drop.verdict:
         return False
     if drop.family == 0:
         return True
@@ -90,6 +91,8 @@ def is_benign(drop: Drop) -> bool:
     finds_no_socket = drop.reason == "NO_SOCKET" or (not drop.reason and drop.location in _NO_SOCKET_LOCATIONS)
     if finds_no_socket and drop.protocol == UDP and drop.sport == DNS:
         return True  # the answer came after the resolver had given up and closed its socket
+    if finds_no_socket and drop.protocol == TCP and drop.segment == "RST":
+        return True  # it ends what has ended already
     if drop.reason in ("", "NOT_SPECIFIED") and drop.protocol == TCP and drop.location in _TCP_ENDINGS:
         return True
     return _is_for_many(drop.dst) or drop.src == "0.0.0.0"

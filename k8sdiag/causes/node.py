@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from k8sdiag.causes.cause import Cause, Drop, Severities, devices_of, within
-from k8sdiag.snapshot import DropRow, Fix, RuledOut
+from k8sdiag.causes.cause import Case, Cause, Drop, Severities, devices_of, within
+from k8sdiag.snapshot import Fix, RuledOut
 
 _QDISC_REASONS = frozenset(
     ["QDISC_DROP", "QDISC_OVERLIMIT", "QDISC_BURST_DROP", "FQ_FLOW_LIMIT", "FQ_BAND_LIMIT", "FQ_HORIZON_LIMIT"]
@@ -28,13 +26,13 @@ def _is_backlog(drop: Drop) -> bool:
     )
 
 
-def _qdisc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    device = devices_of(rows)[0]
+def _qdisc_fix(case: Case) -> tuple[Fix, ...]:
+    device = devices_of(case)[0]
     return (
         Fix(
             "raise the bandwidth limit (annotation kubernetes.io/ingress-bandwidth or egress-bandwidth), or send less",
-            within(rows, f"tc -s qdisc show dev {device}"),
-            f"network namespace {rows[0].netns}, device {device}",
+            within(case, f"tc -s qdisc show dev {device}"),
+            f"network namespace {case.netns}, device {device}",
             "the device's queue was full: it is fed faster than its limit lets it send",
             "none: this only shows the queue",
             "nothing to undo",
@@ -42,7 +40,7 @@ def _qdisc_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     )
 
 
-def _backlog_fix(_rows: Sequence[DropRow]) -> tuple[Fix, ...]:
+def _backlog_fix(_case: Case) -> tuple[Fix, ...]:
     return (
         Fix(
             "give softirq work more CPU, or let a burst wait in a longer queue",

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from k8sdiag.causes.cause import Cause, Drop, Severities, devices_of, within
-from k8sdiag.snapshot import DropRow, Fix, RuledOut
+from k8sdiag.causes.cause import Case, Cause, Drop, Severities, devices_of, within
+from k8sdiag.snapshot import Fix, RuledOut
 
 
-def _rp_filter_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
+def _rp_filter_fix(case: Case) -> tuple[Fix, ...]:
     # sysctl(8) takes a dot for a separator and a slash for the dot of a VLAN device.
-    names = ["all", *(device.replace(".", "/") for device in devices_of(rows))]
+    names = ["all", *(device.replace(".", "/") for device in devices_of(case))]
     settings = [f"net.ipv4.conf.{name}.rp_filter" for name in names]
     return (
         Fix(
             "make reverse-path filtering loose, or mend the routes so that replies leave where requests came in",
-            within(rows, "sysctl -w " + " ".join(f"{name}=2" for name in settings)),
-            f"network namespace {rows[0].netns}; note the values first, the greater of the two acts",
+            within(case, "sysctl -w " + " ".join(f"{name}=2" for name in settings)),
+            f"network namespace {case.netns}; note the values first, the greater of the two acts",
             "the route back to the source does not leave by the device the packet came in by",
             "loose mode accepts packets whose source is reachable by any device",
-            within(rows, "sysctl -w " + " ".join(f"{name}=1" for name in settings)),
+            within(case, "sysctl -w " + " ".join(f"{name}=1" for name in settings)),
         ),
     )
 
 
-def _no_route_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    destination = next((row.dst for row in rows if row.dst), "ADDRESS")
+def _no_route_fix(case: Case) -> tuple[Fix, ...]:
+    destination = next((row.dst for row in case.rows if row.dst), "ADDRESS")
     return (
         Fix(
             "see why there is no route, and let the CNI program it again",
             within(
-                rows,
+                case,
                 f"ip route get {destination}",
                 "ip route show table all | grep -E '^(unreachable|blackhole|prohibit)'",
             ),
-            f"network namespace {rows[0].netns}",
+            f"network namespace {case.netns}",
             "the routing table has no usable entry for these destinations",
             "none: this only looks",
             "nothing to undo",
@@ -48,7 +46,7 @@ def _is_rp_filter(drop: Drop) -> bool:
     return not drop.reason and drop.location in ("ip_rcv_finish_core", "ip_rcv_finish")
 
 
-def _is_no_route(drop: Drop) -> bool:
+def is_no_route(drop: Drop) -> bool:
     if drop.reason in ("IP_INNOROUTES", "IP_OUTNOROUTES", "IP_INADDRERRORS"):
         return True
     return drop.reason in ("", "NOT_SPECIFIED") and drop.location in ("ip_error", "ip6_pkt_drop", "dst_discard")
@@ -69,7 +67,7 @@ CAUSES = (
         slug="no-route",
         title="there is no route for these packets",
         severities=Severities(0.5, 20.0, 5),
-        claims=_is_no_route,
+        claims=is_no_route,
         feels="Connections fail with “network unreachable” or “no route to host”.",
         proof="Drop reason IP_INNOROUTES or IP_OUTNOROUTES, or the drop in ip_error.",
         ruled_out=(RuledOut("networkpolicy-drop", "no netfilter verdict: the routing code refused"),),

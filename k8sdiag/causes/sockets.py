@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from k8sdiag.causes.benign import TCP, UDP
-from k8sdiag.causes.cause import Cause, Drop, Severities, within
-from k8sdiag.snapshot import DropRow, Fix, RuledOut
+from k8sdiag.causes.cause import Case, Cause, Drop, Severities, within
+from k8sdiag.snapshot import Fix, RuledOut
 
 
 def _is_receive_buffer(drop: Drop) -> bool:
@@ -21,18 +19,18 @@ def _is_closed_port(drop: Drop) -> bool:
     return not drop.reason and drop.location in ("__udp4_lib_rcv", "__udp6_lib_rcv")
 
 
-def _ports(rows: Sequence[DropRow]) -> list[tuple[str, int]]:
-    return sorted({(row.protocol or "udp", row.dport) for row in rows if row.dport})
+def _ports(case: Case) -> list[tuple[str, int]]:
+    return sorted({(row.protocol or "udp", row.dport) for row in case.rows if row.dport})
 
 
-def _closed_port_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
-    ports = _ports(rows)
+def _closed_port_fix(case: Case) -> tuple[Fix, ...]:
+    ports = _ports(case)
     named = ", ".join(f"{protocol}/{port}" for protocol, port in ports[:4]) or "the port"
     return (
         Fix(
             f"start what should listen on {named}, bind it to the pod's address, or stop sending to it",
-            within(rows, "ss -lntup"),
-            f"network namespace {rows[0].netns}",
+            within(case, "ss -lntup"),
+            f"network namespace {case.netns}",
             "packets reach the address, and no socket is bound there",
             "none: this only lists listeners",
             "nothing to undo",
@@ -40,7 +38,7 @@ def _closed_port_fix(rows: Sequence[DropRow]) -> tuple[Fix, ...]:
     )
 
 
-def _receive_buffer_fix(_rows: Sequence[DropRow]) -> tuple[Fix, ...]:
+def _receive_buffer_fix(_case: Case) -> tuple[Fix, ...]:
     return (
         Fix(
             "let the program ask for a bigger receive buffer (SO_RCVBUF) or read faster; the ceiling is host-wide",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -27,6 +28,7 @@ from k8sdiag.host.symbols import KernelSymbols
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _BPF = {"x86_64": 321, "aarch64": 280}.get(os.uname().machine, 321)
+_PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}.get(os.uname().machine, 298)
 _MEMBARRIER = {"x86_64": 324, "aarch64": 283}.get(os.uname().machine, 324)
 _MAP_CREATE, _MAP_UPDATE, _PROG_INFO, _RAW_TRACEPOINT_OPEN, _DRAIN_BATCH = 0, 2, 15, 17, 25
 _MAP_LOOKUP = 1
@@ -208,7 +210,7 @@ class Compilation:
         return self
 
     def result(self) -> tuple[dict[str, Any], list[int]]:
-        """What the process found out of this kernel, and descriptors: of the program, then of its maps.
+        """What the process found out of this kernel, and descriptors: of the programs, then of their maps.
 
         Raises BccMissing, BtfMissing or ProbeRefused.
         """
@@ -244,34 +246,72 @@ class Probe:
 
     def __init__(self, compilation: Compilation) -> None:
         self.about, descriptors = compilation.result()
-        self.program, *maps = descriptors
-        self.map_fds: dict[str, int] = dict(zip(self.about["maps"], maps, strict=True))
-        self._link: int | None = None
+        programs = 1 + len(self.about["kprobes"])
+        self.program, *self._kprobe_programs = descriptors[:programs]
+        self.map_fds: dict[str, int] = dict(zip(self.about["maps"], descriptors[programs:], strict=True))
+        self._links: list[int] = []
 
     def attach(self, tracepoint: str) -> None:
         """Start counting. Raises ProbeRefused with the kernel's reason."""
         name = ctypes.create_string_buffer(tracepoint.encode())
         try:
-            self._link, _ = bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", _address(name), self.program, 0))
+            link, _ = bpf(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", _address(name), self.program, 0))
         except OSError as error:
             raise ProbeRefused(f"tracepoint {tracepoint}: {error.strerror}") from error
+        self._links.append(link)
+
+    def attach_kprobes(self) -> str:
+        """Attach what was loaded for kernel functions. Returns why one of them could not be, or "": all are there."""
+        for program, (function, at_return) in zip(self._kprobe_programs, self.about["kprobes"], strict=True):
+            try:
+                self._links.append(_kprobe(program, function, at_return=at_return))
+            except OSError as error:
+                return f"{function}: {error.strerror}"
+        return ""
 
     def runs(self) -> ProgramRuns:
-        info = ctypes.create_string_buffer(256)
-        bpf(_PROG_INFO, struct.pack("<IIQ", self.program, 256, _address(info)))
-        run_ns, runs, misses = struct.unpack_from("<QQQ", info.raw, 192)
-        return ProgramRuns(runs, run_ns, misses)
+        """Of all programs together."""
+        total = ProgramRuns(0, 0, 0)
+        for program in (self.program, *self._kprobe_programs):
+            info = ctypes.create_string_buffer(256)
+            bpf(_PROG_INFO, struct.pack("<IIQ", program, 256, _address(info)))
+            run_ns, runs, misses = struct.unpack_from("<QQQ", info.raw, 192)
+            total = ProgramRuns(total.runs + runs, total.run_ns + run_ns, total.misses + misses)
+        return total
 
     def detach(self) -> None:
-        if self._link is not None:
-            os.close(self._link)
-            self._link = None
+        for link in self._links:
+            os.close(link)
+        self._links.clear()
 
     def close(self) -> None:
         self.detach()
-        for fd in (self.program, *self.map_fds.values()):
+        for fd in (self.program, *self._kprobe_programs, *self.map_fds.values()):
             os.close(fd)
         self.map_fds = {}
+
+
+def _kprobe(program: int, function: str, *, at_return: bool) -> int:
+    """Run a program when a kernel function is entered or returns; closing the descriptor ends it. Raises OSError.
+
+    perf_event_open(2) with the kprobe PMU, from 4.17: nothing is left in tracefs by a process that is killed.
+    """
+    kind = int(Path("/sys/bus/event_source/devices/kprobe/type").read_text())
+    name = ctypes.create_string_buffer(function.encode())
+    size = 72  # PERF_ATTR_SIZE_VER1, the first with config2
+    attributes = ctypes.create_string_buffer(
+        struct.pack("<IIQQQQQIIQQ", kind, size, int(at_return), 1, 0, 0, 0, 1, 0, _address(name), 0), size
+    )
+    fd = _LIBC.syscall(_PERF_EVENT_OPEN, attributes, -1, 0, -1, 8)  # of every process, on any CPU; close on exec
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    try:
+        fcntl.ioctl(fd, 0x40042408, program)  # PERF_EVENT_IOC_SET_BPF
+        fcntl.ioctl(fd, 0x2400, 0)  # PERF_EVENT_IOC_ENABLE
+    except OSError:
+        os.close(fd)
+        raise
+    return int(fd)
 
 
 class GracePeriod:

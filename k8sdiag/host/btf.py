@@ -89,6 +89,11 @@ class Btf:
             bits += at
         return bits // 8
 
+    def size(self, record: str) -> int | None:
+        """Bytes of a struct; None where this kernel has no such struct."""
+        type_id = self._find(record, KIND_STRUCT)
+        return self._record(type_id)[2] if type_id else None
+
     def enum(self, name: str) -> dict[str, int]:
         """Enumerators by name, empty where this kernel has no such enum."""
         type_id = self._find(name, KIND_ENUM)

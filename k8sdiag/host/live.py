@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from k8sdiag import __version__
-from k8sdiag.facts import Clock, Cost, DropKey, Lost, Node
+from k8sdiag.facts import AnyFact, Clock, Cost, DropKey, Lost, Node
 from k8sdiag.host.bpf import Compilation, possible_cpus
 from k8sdiag.host.instances import Instance
 from k8sdiag.host.inventory import Inventory
+from k8sdiag.host.sensors.conntrack import ConntrackStatistics, failures
 from k8sdiag.host.sensors.counters import NetnsCounters
 from k8sdiag.host.sensors.drops import DropSensor
+from k8sdiag.host.sensors.table import TableReader
 from k8sdiag.host.sensors.unseen import Unseen
 from k8sdiag.host.symbols import KernelSymbols
 from k8sdiag.host.wire import map_bytes
@@ -24,6 +26,8 @@ from k8sdiag.source import Batch
 if TYPE_CHECKING:
     import psutil
 
+LAST_READING_S = 2.0
+"""How long the end of a watch waits for connection tables to be read once more."""
 CLOCK_STEP_NS = 100_000_000
 """A change of the offset between wall clock and boot time beyond this is a step, and said again."""
 
@@ -52,6 +56,7 @@ class LiveSource:
         self._drops = DropSensor(compilation, samples_per_s)
         self._inventory = Inventory(root)
         self._counters = NetnsCounters(self._inventory)
+        self._holders = TableReader(_boottime_ns)
         self._instance: Instance | None = None
         self._process: psutil.Process | None = None
         self._root = root
@@ -67,8 +72,11 @@ class LiveSource:
             t_ns = _boottime_ns()
             who = tuple(self._inventory.facts(t_ns))
             self._unseen = Unseen(self._drops.reasons, self._symbols.name)
-            self._unseen.before(self._counters.read(everything=True))
-            yield Batch(t_ns, who)
+            self._conntrack = ConntrackStatistics(self._drops.counts_chains)
+            readings = self._counters.read(everything=True)
+            self._drops.baseline(failures(readings))
+            self._unseen.before(readings)
+            yield Batch(t_ns, (*who, *self._conntrack.facts(readings)))
             end_s = None if self._duration_s is None else begin_s + self._duration_s
             last = False
             while not last:
@@ -82,6 +90,7 @@ class LiveSource:
                 yield self._tick(last)
         finally:
             self._drops.stop()
+            self._holders.close()
             if self._instance:
                 self._instance.close()
 
@@ -90,7 +99,10 @@ class LiveSource:
         self._closing.set()
 
     def _tick(self, last: bool) -> Batch:
-        self._unseen.before(self._counters.read(everything=last))
+        readings = self._counters.read(everything=last)
+        self._unseen.before(readings)
+        tables: list[AnyFact] = list(self._conntrack.facts(readings))
+        self._read_tables(last=last)
         counted = self._drops.read(last=last)
         missed = self._unseen.after(counted)
         t_ns = _boottime_ns()
@@ -103,9 +115,23 @@ class LiveSource:
         }
         self._inventory.suspect(strange)
         self._unseen.forget(self._inventory.inodes)
-        self._counters.busy(self._unseen.active)
+        self._counters.busy(self._unseen.active | self._drops.filtered)
         who = list(self._inventory.facts(t_ns))
-        return Batch(t_ns, (*self._clock(), *who, *counted, self._lost(missed), self._cost()))
+        tables += [*self._conntrack.ended(self._inventory.inodes, t_ns), *self._holders.collect()]
+        return Batch(t_ns, (*self._clock(), *who, *tables, *counted, self._lost(missed), self._cost()))
+
+    def _read_tables(self, *, last: bool) -> None:
+        """Have who holds the connection tables read, aside of the ticks; the end waits for it, within limits."""
+        spaces = [
+            (path, *space, count)
+            for space, count in self._conntrack.counts.items()
+            if (path := self._inventory.path(space[0]))
+        ]
+        if last:
+            self._holders.wait(LAST_READING_S / 2)
+        self._holders.begin(spaces, everything=last)
+        if last:
+            self._holders.wait(LAST_READING_S / 2)
 
     def _clock(self) -> Iterator[Clock]:
         now_ns = time.time_ns() - _boottime_ns()

@@ -21,7 +21,7 @@ import socket
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from k8sdiag.host.btf import SYSFS, Btf, BtfError
 
@@ -46,12 +46,46 @@ MEMBERS = (
     ("net", "net_cookie"),
     ("dst_entry", "dev"),
     ("dst_entry", "input"),
-    ("nf_conn", "status"),
-    ("nf_conn", "ct_net.net"),
     ("sock_common", "skc_net.net"),
     ("skb_shared_info", "gso_segs"),
 )  # fmt: skip
-OPTIONAL = {("sk_buff", "_nfct"), ("net", "net_cookie"), ("nf_conn", "status"), ("nf_conn", "ct_net.net")}
+OPTIONAL = {("sk_buff", "_nfct"), ("net", "net_cookie")}
+# Of conntrack, which may be a module that is not loaded. A probe does without a group of which anything is missing.
+CONNTRACK_GROUPS: tuple[tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]], ...] = (
+    ("state", (("nf_conn", "status"),), ()),
+    ("netns", (("nf_conn", "ct_net.net"),), ()),
+    (
+        "tuples",
+        (
+            ("nf_conn", "tuplehash"),
+            ("nf_conntrack_tuple_hash", "tuple"),
+            *(("nf_conntrack_tuple", member) for member in ("src.u3", "src.u", "dst.u3", "dst.u")),
+        ),
+        ("nf_conntrack_tuple_hash",),
+    ),
+    (
+        "statistics",
+        (
+            ("net", "ct.stat"),
+            ("bpf_array", "pptrs"),
+            *(("ip_conntrack_stat", member) for member in ("insert_failed", "drop")),
+        ),
+        (),
+    ),
+    (
+        "walk",
+        (
+            ("nf_conn", "timeout"),
+            ("nf_conn", "proto.tcp.state"),
+            ("nf_conntrack_tuple_hash", "hnnode"),
+            ("hlist_nulls_node", "next"),
+            ("hlist_nulls_node", "pprev"),
+            *(("nf_conntrack_tuple", member) for member in ("src.l3num", "dst.protonum", "dst.dir")),
+        ),
+        (),
+    ),
+    ("zone", (("nf_conn", "zone"), ("nf_conntrack_zone", "id"), ("nf_conntrack_zone", "dir")), ()),
+)
 
 # The innermost of these in the stack tells the netfilter hook (net/ipv4, net/ipv6, net/bridge, net/core/dev.c).
 HOOK_FUNCTIONS = {
@@ -75,7 +109,10 @@ ROUTE_INPUTS = ("ip_local_deliver", "ip6_input", "ip_forward", "ip6_forward")
 RECURSION_GUARD = "bpf_prog_inc_misses_counter"
 """There since raw tracepoint programs are never run inside themselves (6.1): counts need no atomic addition."""
 NETFILTER_FUNCTIONS = ("nf_hook_slow", "nf_hook_slow_list", "nft_do_chain")
-SYMBOLS = sorted({*sum(HOOK_FUNCTIONS.values(), ()), *ROUTE_INPUTS, *NETFILTER_FUNCTIONS, RECURSION_GUARD})
+KPROBED_FUNCTIONS = ("__nf_conntrack_confirm", "nf_ct_resolve_clash", "early_drop")
+SYMBOLS = sorted(
+    {*sum(HOOK_FUNCTIONS.values(), ()), *ROUTE_INPUTS, *NETFILTER_FUNCTIONS, *KPROBED_FUNCTIONS, RECURSION_GUARD}
+)
 
 
 class LoadError(Exception):
@@ -130,10 +167,9 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
         vmlinux = Btf.vmlinux()
     except BtfError as error:
         raise LoadError("btf", str(error)) from error
-    conntrack = vmlinux.module("nf_conntrack", SYSFS) or vmlinux
     defines, offsets = [], {}
     for record, path in MEMBERS:
-        at = (conntrack if record == "nf_conn" else vmlinux).offset(record, path)
+        at = vmlinux.offset(record, path)
         if at is None and (record, path) not in OPTIONAL:
             raise LoadError("btf", f"this kernel's BTF has no {record}.{path}")
         if at is not None:
@@ -141,7 +177,11 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
             defines.append(f"-DOFF_{record}_{path.replace('.', '_')}={at}")
     if ("sk_buff", "_nfct") not in offsets:
         raise LoadError("btf", "this kernel is built without conntrack")
-    defines += _window("SKB", [at for (record, _), at in offsets.items() if record == "sk_buff"])
+    # dev and sk stand far in front of the others: what lies between would fill the program's stack.
+    apart = ("dev", "sk")
+    defines += _window(
+        "SKB", [at for (record, name), at in offsets.items() if record == "sk_buff" and name not in apart]
+    )
     device = [at for (record, _), at in offsets.items() if record == "net_device"]
     if max(device) - min(device) <= 56:
         defines += _window("DEV", device)
@@ -153,13 +193,33 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
                for name, number in vmlinux.enum("skb_drop_reason").items()}  # fmt: skip
     if "NETFILTER_DROP" in reasons:
         defines.append(f"-DREASON_NETFILTER_DROP={reasons['NETFILTER_DROP']}")
+    conntrack_defines, known = _conntrack_defines(vmlinux)
     about = {
         "reasons": {str(number): name for name, number in reasons.items()},
         "arguments": args,
-        "conntrack_status": ("nf_conn", "status") in offsets,
+        "conntrack": known,
         "cookie": ("net", "net_cookie") in offsets,
     }
-    return defines, about
+    return defines + conntrack_defines, about
+
+
+def _conntrack_defines(vmlinux: Btf) -> tuple[list[str], list[str]]:
+    """The -D options for what is known of conntrack's types, and the names of the groups that are complete."""
+    conntrack = vmlinux.module("nf_conntrack", SYSFS) or vmlinux
+    defines, known = [], []
+    for group, members, records in CONNTRACK_GROUPS:
+        offsets = {(record, path): conntrack.offset(record, path) for record, path in members}
+        sizes = {record: conntrack.size(record) for record in records}
+        if None in offsets.values() or None in sizes.values():
+            continue
+        known.append(group)
+        defines += [f"-DOFF_{record}_{path.replace('.', '_')}={at}" for (record, path), at in offsets.items()]
+        defines += [f"-DSIZE_{record}={size}" for record, size in sizes.items()]
+    chain = conntrack.offset("ip_conntrack_stat", "chaintoolong")
+    if chain is not None:
+        known.append("chains")
+        defines.append(f"-DOFF_ip_conntrack_stat_chaintoolong={chain}")
+    return defines, known
 
 
 def symbol_defines(spans: dict[str, tuple[int, int]]) -> list[str]:
@@ -179,31 +239,67 @@ def symbol_defines(spans: dict[str, tuple[int, int]]) -> list[str]:
     ]
 
 
-def load(probes: Path, probe: str, defines: list[str]) -> tuple[dict[str, int], int, ModuleType, Any]:
-    """Compile probes/PROBE.c without kernel headers and load its program.
+def kprobe_defines(spans: dict[str, tuple[int, int]]) -> list[str]:
+    """The -D options of conntrack.c; empty where kprobes or one of its functions are not there."""
+    registers = _REGISTERS.get(os.uname().machine)
+    if not registers or not KPROBE_PMU.exists() or any(function not in spans for function in KPROBED_FUNCTIONS):
+        return []
+    return ["-DKPROBES", *registers]
 
-    Returns descriptors of the maps by name, of the program, the bcc module and the BPF object that owns them.
-    """
+
+class Loaded(NamedTuple):
+    """A compiled probe. Descriptors live as long as `module`."""
+
+    maps: dict[str, int]
+    programs: list[int]
+    """Of the raw tracepoint, then of `kprobes`."""
+    kprobes: list[tuple[str, bool]]
+    """Kernel function, and whether at its return."""
+    bcc: ModuleType
+    module: Any
+
+
+def load(probes: Path, probe: str, defines: list[str]) -> Loaded:
+    """Compile probes/PROBE.c without kernel headers and load its programs. Raises LoadError."""
     os.environ["BCC_KERNEL_SOURCE"] = str(probes / "kernel")
     bcc = find_bcc()
-    text = "\n".join(f'#line 1 "probes/{name}"\n' + (probes / name).read_text() for name in ("prelude.c", f"{probe}.c"))
-    names = [line.split("(", 1)[1].split(",") for line in text.splitlines() if line.startswith("BPF_")]
-    tables = {_table_name(parts) for parts in names}
+    with_kprobes = probe == "drops" and "-DKPROBES" in defines
+    names = ("prelude.c", *(["conntrack.c"] if with_kprobes else []), f"{probe}.c")
+    text = "\n".join(f'#line 1 "probes/{name}"\n' + (probes / name).read_text() for name in names)
+    tables = {_table_name(line.split("(", 1)[1].split(",")) for line in text.splitlines() if line.startswith("BPF_")}
     try:
         # A fresh list: bcc appends to what it is given on some architectures.
         module = bcc.BPF(text=text, cflags=["-I" + str(probes), f"-DPAGE_SIZE={os.sysconf('SC_PAGE_SIZE')}", *defines])
-        function = module.load_func(f"on_{PROGRAMS[probe]}", bcc.BPF.RAW_TRACEPOINT)
+        programs = [module.load_func(f"on_{PROGRAMS[probe]}", bcc.BPF.RAW_TRACEPOINT).fd]
     except Exception as error:  # bcc raises bare Exception only; clang's and the verifier's words are on stderr
         raise LoadError("compile" if "compile" in str(error) else "refused", str(error)) from error
     maps = {}
     for name in sorted(tables):
         with contextlib.suppress(KeyError):  # not compiled in on this kernel
             maps[name] = module[name].map_fd
-    return maps, function.fd, bcc, module
+    kprobes = []
+    for name, function, at_return in KPROBES if with_kprobes else ():
+        try:
+            programs.append(module.load_func(name, bcc.BPF.KPROBE).fd)
+        except Exception:  # noqa: BLE001 -- programs of this type may be refused alone: drops.c does without them
+            del programs[1:], kprobes[:]
+            break
+        kprobes.append((function, at_return))
+    return Loaded(maps, programs, kprobes, bcc, module)
 
 
-PROGRAMS = {"drops": "kfree_skb"}
+PROGRAMS = {"drops": "kfree_skb", "walk": "kmem_cache_alloc"}
 """The raw tracepoint of each probe; its program is called on_NAME."""
+KPROBES = (
+    ("on_confirm", "__nf_conntrack_confirm", False),
+    ("on_confirmed", "__nf_conntrack_confirm", True),
+    ("on_clash_over", "nf_ct_resolve_clash", True),
+    ("on_evicted", "early_drop", True),
+)
+"""Programs of conntrack.c: the kernel function each is for, and whether it runs when that returns."""
+_REGISTERS = {"x86_64": ("-DARGUMENT_1=14", "-DRETURNED=10"), "aarch64": ("-DARGUMENT_1=0", "-DRETURNED=0")}
+"""Places in struct pt_regs, counted in words."""
+KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe")
 
 
 def _table_name(parts: list[str]) -> str:
@@ -223,14 +319,19 @@ def serve(channel: socket.socket) -> None:
         find_bcc()
         request = json.loads(channel.makefile("r").readline())
         spans = {name: tuple(span) for name, span in request["spans"].items()}
-        defines += symbol_defines(spans)
+        defines += symbol_defines(spans) + kprobe_defines(spans)
         defines += [f"-D{name}={value}" for name, value in request["defines"].items()]
-        maps, program, bcc, _module = load(Path(request["probes"]), request["probe"], defines)
+        loaded = load(Path(request["probes"]), request["probe"], defines)
     except LoadError as error:
         channel.sendall(json.dumps({"error": error.kind, "text": str(error)}).encode() + b"\n")
         return
-    about |= {"maps": list(maps), "bcc": bcc.__version__, "bcc_path": str(Path(str(bcc.__file__)).parent)}
-    socket.send_fds(channel, [json.dumps(about).encode() + b"\n"], [program, *maps.values()])
+    about |= {
+        "maps": list(loaded.maps),
+        "kprobes": loaded.kprobes,
+        "bcc": loaded.bcc.__version__,
+        "bcc_path": str(Path(str(loaded.bcc.__file__)).parent),
+    }
+    socket.send_fds(channel, [json.dumps(about).encode() + b"\n"], [*loaded.programs, *loaded.maps.values()])
 
 
 def main() -> None:

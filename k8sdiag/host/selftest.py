@@ -26,7 +26,7 @@ def count_own_drops() -> dict[str, object]:
     probe = Probe(Compilation("drops").begin(KernelSymbols()))
     try:
         BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size).update(
-            bytes(4), wire.CONTROL.codec.pack(0, 1, DATAGRAMS, DATAGRAMS)
+            bytes(4), wire.CONTROL.codec.pack(0, 1, DATAGRAMS, DATAGRAMS, 0, 0)
         )
         probe.attach("kfree_skb")
         load_s = time.perf_counter() - begin_s

@@ -94,6 +94,45 @@ class Conntrack(IntEnum):
     UNKNOWN = 4
 
 
+class Verdict(IntEnum):
+    """What conntrack had to do with a netfilter drop: which of this CPU's statistics rose since the last one."""
+
+    NONE = 0
+    """Not a netfilter drop, or this kernel does not let the probe look."""
+    RULE = 1
+    """None rose: a rule, a policy or another netfilter user dropped it."""
+    REFUSED = 2
+    """`drop` alone: no entry was allocated."""
+    CLASH = 3
+    """`insert_failed` and `drop`: the connection's tuple was taken by another one."""
+    CHAIN_TOO_LONG = 4
+    """`insert_failed` and `chaintoolong`."""
+    INSERT_FAILED = 5
+    """`insert_failed` alone: the entry was being deleted."""
+    UNKNOWN = 6
+    """More than one step: events were missed in between, or the namespace was never looked at."""
+
+
+class Nat(IntEnum):
+    """What conntrack translates of a connection: IPS_SRC_NAT and IPS_DST_NAT of nf_conn.status."""
+
+    NONE = 0
+    SRC = 1
+    DST = 2
+    BOTH = 3
+
+
+class Segment(IntEnum):
+    """What a TCP segment does, by its flags."""
+
+    NONE = 0
+    SYN = 1
+    SYN_ACK = 2
+    FIN = 3
+    RST = 4
+    OTHER = 5
+
+
 class NetnsFrom(IntEnum):
     """Which pointer led from the packet to its network namespace."""
 
@@ -134,22 +173,30 @@ _EXPLAINS = (
     Field("location", "u64", "return address inside the dropping function"),
     Field("ifindex", "u32", "skb->dev->ifindex, 0 without a device"),
     Field("reason", "u32", "enum skb_drop_reason of this kernel, 0 before 5.17"),
-    Field("hook", "u16", "enum Hook of wire.py"),
+    Field("hook", "u8", "enum Hook of wire.py"),
+    Field("verdict", "u8", "enum Verdict of wire.py, plus PROBED where a probe saw it"),
     Field("conntrack", "u8", "enum Conntrack of wire.py"),
+    Field("nat", "u8", "enum Nat of wire.py"),
     Field("netns_from", "u8", "enum NetnsFrom of wire.py"),
-    Field("family", "u16", "AF_INET, AF_INET6 or 0"),
-    Field("protocol", "u16", "IPPROTO_* of the transport header, 0 unless IP"),
+    Field("family", "u8", "AF_INET, AF_INET6 or 0"),
+    Field("protocol", "u8", "IPPROTO_* of the transport header, 0 unless IP"),
+    Field("segment", "u8", "enum Segment of wire.py"),
 )
 
 DROP_KEY = Layout("drop_key", *_EXPLAINS)
 FLOW_KEY = Layout(
     "flow_key",
     *_EXPLAINS,
-    Field("src", "u8[16]", "source, IPv4 as ::ffff:a.b.c.d"),
+    Field("reply_src", "u8[16]", "where the connection is translated: source of its reply; else zero"),
+    Field("reply_dst", "u8[16]", "and destination"),
+    Field("reply_sport", "u16", "and ports, as below"),
+    Field("reply_dport", "u16", "and ports, as below"),
+    Field("iif", "u32", "skb->skb_iif, the device the packet came in by"),
+    Field("src", "u8[16]", "source, IPv4 as ::ffff:a.b.c.d; where translated, as the packet was sent"),
     Field("dst", "u8[16]", "destination"),
     Field("sport", "u16", "source port, host order, 0 where the protocol has none"),
     Field("dport", "u16", "destination port"),
-    Field("iif", "u32", "skb->skb_iif, the device the packet came in by"),
+    Field("flow_pad", "u32", "zero"),
 )
 TALLY = Layout(
     "tally",
@@ -166,6 +213,8 @@ CONTROL = Layout(
     Field("turn", "u32", "increases at each switch; renews the budgets"),
     Field("samples", "u32", "samples each CPU may take per turn"),
     Field("stacks", "u32", "stacks each CPU may take per turn to find a hook"),
+    Field("baselined", "u32", "1: a namespace that conntrack_seen lacks had no conntrack failures before"),
+    Field("control_pad", "u32", "zero"),
 )
 BUDGET = Layout(
     "budget",
@@ -173,6 +222,16 @@ BUDGET = Layout(
     Field("samples", "u32", "taken in this turn"),
     Field("stacks", "u32", "taken in this turn"),
     Field("flows_full", "u32", "the flow map had no room in this turn: insert no more"),
+    Field(
+        "percpu_offset", "u64", "where this CPU's per-CPU data stand, relative to a per-CPU pointer; 0 not yet known"
+    ),
+)
+CONNTRACK_SEEN = Layout(
+    "conntrack_seen",
+    Field("insert_failed", "u32", "one CPU's ip_conntrack_stat when the last netfilter drop there was looked at"),
+    Field("drop", "u32", "the same"),
+    Field("chain_too_long", "u32", "the same; 0 on kernels without it"),
+    Field("seen_pad", "u32", "zero"),
 )
 SAMPLE = Layout(
     "sample",
@@ -188,9 +247,12 @@ SAMPLE = Layout(
     Field("headers", f"u8[{SAMPLE_BYTES}]", "from the network header on, cut after the transport header"),
 )
 
-CONSTANTS = ("STACK_DEPTH", "HOOK_FRAMES", "SLOTS", "SAMPLE_BYTES")
-RECORDS = (DROP_KEY, FLOW_KEY, TALLY, CONTROL, BUDGET, SAMPLE)
-ENUMS = (Hook, Conntrack, NetnsFrom, Loss)
+PROBED = 0x80
+NAMESPACES_SEEN = 4096
+
+CONSTANTS = ("STACK_DEPTH", "HOOK_FRAMES", "SLOTS", "SAMPLE_BYTES", "PROBED", "NAMESPACES_SEEN")
+RECORDS = (DROP_KEY, FLOW_KEY, TALLY, CONTROL, BUDGET, CONNTRACK_SEEN, SAMPLE)
+ENUMS = (Hook, Verdict, Conntrack, Nat, Segment, NetnsFrom, Loss)
 
 
 SAMPLE_PAGES = 32

@@ -17,10 +17,10 @@ from textual.containers import Vertical, VerticalScroll
 from textual.screen import ModalScreen, Screen
 from textual.widgets import ContentSwitcher, Footer, Input, OptionList, Static
 
-from k8sdiag import views
+from k8sdiag import details, tracking, views, words
 from k8sdiag.errors import K8sdiagError, UsageError
 from k8sdiag.layout import Line, Span, cells, cut, plain, say, wrap
-from k8sdiag.snapshot import Snapshot
+from k8sdiag.snapshot import ConntrackRow, Snapshot
 from k8sdiag.source import Paced, Source
 from k8sdiag.tui.feed import Feed, Folding
 from k8sdiag.tui.table import RowList, painted
@@ -35,14 +35,9 @@ PAGES: dict[str, Callable[[Snapshot, ViewState, int], Page]] = {
     "verdict": views.finding_page,
     "pods": views.owner_page,
     "drops": views.drop_page,
+    "conntrack": views.conntrack_page,
 }
 NOT_YET = {
-    "conntrack": (
-        "Conntrack: n/a, not measured yet.",
-        "Until this tab is built: conntrack -S (insert_failed, drop, early_drop)",
-        "and sysctl net.netfilter.nf_conntrack_count net.netfilter.nf_conntrack_max.",
-        "Drops of packets that conntrack refused are counted: see 3 Drops.",
-    ),
     "encap": (
         "Encapsulation: n/a, not measured yet.",
         "Until this tab is built: ip -s -d link show type vxlan (geneve, ipip, wireguard …).",
@@ -50,7 +45,7 @@ NOT_YET = {
     ),
 }
 HELP_NOTES = f"""\
-Severity: C critical, W warning, I information. Rates are those of the last {views.RATE_WINDOW}. Counts are packets of \
+Severity: C critical, W warning, I information. Rates are those of the last {words.RATE_WINDOW}. Counts are packets of \
 the window named in the head, and exact unless it says LOST.
 Filter: all words must match; !word excludes; field=glob and field!=glob ask one of these fields: \
 {", ".join(views.FILTER_FIELDS)}.
@@ -58,6 +53,8 @@ Pausing and zeroing change what is shown; recording goes on. Benign drops are th
 """.splitlines()
 INTERVALS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 SPEEDS = (0.25, 0.5, 1.0, 2.0, 4.0, 10.0, 30.0, 60.0)
+CHROME_LINES = 5
+"""Lines that are not a tab's own: the head, the tabs, the foot, and the rule between a list and what is below it."""
 BEGIN_S = 3.0
 """How long run() waits for the first reading before it opens the screen: what fails at once fails without one."""
 
@@ -359,7 +356,7 @@ class TopApp(App[int]):
         if self.paused:
             latest = self.feed.latest()
             behind_s = (latest.t_ns - self.shown.t_ns) / 1e9 if latest and self.shown else 0
-            badges.append(Span("PAUSED" + (f" {views.duration(behind_s)} behind" if behind_s else ""), "warning"))
+            badges.append(Span("PAUSED" + (f" {words.duration(behind_s)} behind" if behind_s else ""), "warning"))
         return badges
 
     def _draw_tabs(self) -> None:
@@ -386,17 +383,22 @@ class TopApp(App[int]):
         tab.set_class(row is None, "-empty")
         note = [page.note] if page.note else []
         if page.hidden:
-            note.append(say(f"+{views.number(page.hidden)} more rows; / filters", "dim"))
+            note.append(say(f"+{words.number(page.hidden)} more rows; / filters", "dim"))
         if row is None and self.shown is None:
             note = [say("Waiting for the first reading …")]
         elif row is None and self.tab == "verdict" and self.shown is not None and not self.shown.findings:
             note = views.healthy_lines(self.shown, width)
         tab.note.update(painted(note))
         tab.note.display = bool(note)
-        tab.about.display = self.tab != "verdict"
+        tab.about.display = self.tab not in ("verdict", "conntrack")
         if row is not None and self.shown is not None:
-            tab.about.update(painted(views.about(row.subject, width)), layout=False)
-            tab.more.update(painted(views.detail(self.shown, row.subject, width)))
+            tab.about.update(painted(details.about(row.subject, width)), layout=False)
+            if isinstance(row.subject, ConntrackRow):
+                room = self.size.height - CHROME_LINES - min(tab.rows.lines, self.size.height // 3)
+                lines = tracking.page_lines(self.shown, row.subject, width, room)
+            else:
+                lines = details.detail(self.shown, row.subject, width)
+            tab.more.update(painted(lines))
 
     def on_resize(self, _event: events.Resize) -> None:
         self.call_after_refresh(self.draw)
@@ -509,18 +511,18 @@ class TopApp(App[int]):
         self.draw()
 
     def action_sort(self, step: int) -> None:
-        columns = {"pods": views.OWNER_COLUMNS, "drops": views.DROP_COLUMNS}.get(self.tab)
-        if columns is None:
+        tab = self._list_tabs.get(self.tab)
+        shown = [heading.name for heading in tab.rows.page.headings] if tab else []
+        if tab is None or not shown:
             return
-        shown = [heading.name for heading in self._list_tabs[self.tab].rows.page.headings]
-        now = self.states[self.tab].sort or "packets"
+        now = tab.rows.page.sort
         at = shown.index(now) if now in shown else 0
         self._update(sort=shown[(at + step) % len(shown)], reverse=False)
 
     @on(RowList.Headed)
     def _sort_by(self, event: RowList.Headed) -> None:
         state = self.states[self.tab]
-        same = (state.sort or "packets") == event.column
+        same = self._list_tabs[self.tab].rows.page.sort == event.column
         self._update(sort=event.column, reverse=not state.reverse if same else False)
 
     def action_reverse(self) -> None:
@@ -566,7 +568,7 @@ class TopApp(App[int]):
         self.interval_s = _next(INTERVALS_S, self.interval_s, -step)
         self._timer.stop()
         self._timer = self.set_interval(self.interval_s, self.pull)
-        self.notify(f"The screen is renewed every {views.duration(self.interval_s)}.", markup=False, timeout=2)
+        self.notify(f"The screen is renewed every {words.duration(self.interval_s)}.", markup=False, timeout=2)
 
     def _subject(self) -> Subject | None:
         """What the cursor is on, or what the page in front is about."""
@@ -590,15 +592,15 @@ class TopApp(App[int]):
             self.states["pods"] = msgspec.structs.replace(state, namespaces=whose, grouping=finer)
             self._rewind()
             return
-        title = views.topic(subject) or "details"
+        title = details.topic(subject) or "details"
         self.push_screen(
             Reading(f"{title}, as of {views.moment(snapshot)}",
-                    lambda width: views.detail(snapshot, subject, width), subject)
+                    lambda width: details.detail(snapshot, subject, width), subject)
         )  # fmt: skip
 
     def action_explain(self) -> None:
         subject = self._subject()
-        topic = views.topic(subject) if subject else ""
+        topic = details.topic(subject) if subject else ""
         if not topic:
             self.notify("Nothing here to explain: put the cursor on a finding or a drop.", markup=False, timeout=3)
             return
@@ -615,7 +617,7 @@ class TopApp(App[int]):
         subject = self._subject()
         if subject is None:
             return
-        text = views.copyable(subject)
+        text = details.copyable(subject)
         self.copy_to_clipboard(text)
         self.notify(text, title="Sent to the terminal's clipboard", markup=False, timeout=4)
 

@@ -90,6 +90,11 @@ class RowList(ScrollView, can_focus=True):
         return self._page
 
     @property
+    def lines(self) -> int:
+        """Lines it takes to show all of it, the titles too, count."""
+        return len(self._lines) + self._head
+
+    @property
     def row(self) -> Row | None:
         """The row under the cursor."""
         return self._page.rows[self._at] if self._page.rows else None

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from k8sdiag import causes, explain, report
-from k8sdiag.causes import ALL, BENIGN, benign, cause_of, node
+from k8sdiag.causes import ALL, BENIGN, Case, benign, cause_of, node
 from k8sdiag.causes.cause import Drop, Severities
 from k8sdiag.engine import Engine
 from k8sdiag.errors import UsageError
@@ -82,7 +82,7 @@ def test_a_field_is_explained_by_the_words_beneath_it_in_the_source() -> None:
     words = explain.text("self.rss_bytes", 200).splitlines()[1]
     assert words == "Resident memory. /proc/self/statm."
     assert words in measured
-    assert "always null" in explain.text("conntrack", 80)
+    assert "always null" in explain.text("tunnels", 80)
     assert "Holds: cause, packets, connections" in explain.text("namespaces.causes", 80)
 
 
@@ -100,9 +100,10 @@ def test_a_cause_is_explained_with_all_that_it_says_of_itself(cause: causes.Caus
         assert lines[0] == cause.slug
         assert [line for line in lines if len(line) > width and not line.startswith(COMMANDS)] == []
     said = " ".join(explain.text(cause.slug, 100).split())
-    for words in (cause.title[1:], cause.feels, cause.proof, *(other.cause for other in cause.ruled_out)):
+    others = [other.cause for other in cause.ruled_out + cause.ruled_out_by_verdict]
+    for words in (cause.title[1:], cause.feels, cause.proof, f"Confidence: {cause.confidence} at best", *others):
         assert words in said
-    for fix in cause.fix([explain._nobodys_drop(cause.slug, "")]):
+    for fix in cause.fix(Case([explain._nobodys_drop(cause.slug, "")])):
         assert fix.command in said
         assert fix.undo in said
     assert str(explain._NETNS) not in said
@@ -161,6 +162,24 @@ def test_a_reason_names_the_cause_it_leads_to(reason: str, cause: str) -> None:
         assert said.startswith(f"{reason}\n")
         assert f"It leads to the cause {cause}:" in said
         assert said.endswith(f"More: k8sdiag explain {cause}")
+
+
+@pytest.mark.parametrize(
+    ("reason", "others"),
+    [
+        ("NETFILTER_DROP", {"ct-table-full", "ct-insert-race-dns", "ct-snat-port-clash", "snat-port-exhaustion",
+                            "ct-invalid-drop-asym", "ct-chain-too-long", "nat-helper-seqadj"}),
+        ("NO_SOCKET", {"ct-invalid-rst"}),
+        ("NEIGH_FAILED", {"stale-udp-dnat"}),
+        ("TCP_CSUM", set()),
+    ],
+)  # fmt: skip
+def test_a_reason_names_what_else_it_may_mean_and_is_named_there(reason: str, others: set[str]) -> None:
+    said = " ".join(explain.text(reason, 80).split())
+    named = said.partition("more than the reason: ")[2].partition(". ")[0]
+    assert set(filter(None, named.split(", "))) == others
+    for slug in others:
+        assert reason in explain.text(slug, 80).partition("Drop reasons that lead here")[2].partition("What to do")[0]
 
 
 @pytest.mark.parametrize("reason", ["OTHERHOST", "TCP_OLD_ACK", "IPV6_NDISC_NS_OTHERHOST", "PSP_INPUT"])

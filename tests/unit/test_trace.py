@@ -31,6 +31,7 @@ from k8sdiag.facts import (
     AnyFact,
     Capability,
     Clock,
+    ConntrackTable,
     Cost,
     DropKey,
     Drops,
@@ -72,6 +73,9 @@ fact_strategies: dict[type, st.SearchStrategy[Any]] = {
         sport=number,
         dport=number,
         folded=st.booleans(),
+        verdict=text,
+        reply_src=address | st.just(""),
+        reply_dst=address | st.just(""),
     ),
     Node: st.builds(Node, name=text, kernel=text, netns=number),
     Clock: st.builds(Clock, st.integers(-(2**62), 2**62)),
@@ -81,6 +85,12 @@ fact_strategies: dict[type, st.SearchStrategy[Any]] = {
     ),
     Drops: st.lists(st.tuples(number, number, number, number), max_size=4).map(
         lambda rows: Drops(*(tuple(row[i] for row in rows) for i in range(4)))
+    ),
+    ConntrackTable: st.builds(
+        lambda netns, t_ns, rows: ConntrackTable(netns, t_ns, 0, 0, *(tuple(row[i] for row in rows) for i in range(8))),
+        number,
+        number,
+        st.lists(st.tuples(number, address, address | st.just(""), number, text, number, number, number), max_size=4),
     ),
 }
 facts = st.one_of([fact_strategies.get(kind, st.from_type(kind)) for kind in KINDS])

@@ -22,7 +22,7 @@ from k8sdiag.snapshot import DropRow, Owner, Snapshot
 from k8sdiag.source import Batch, Paced
 from k8sdiag.tui.app import Reading, TopApp
 from k8sdiag.tui.feed import Feed
-from tests.unit.snapshots import drop, pod, snapshot
+from tests.unit.snapshots import NODE_NETNS, connections, drop, pod, snapshot, translated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,12 +226,69 @@ def test_every_tab_opens_and_what_is_not_measured_says_so() -> None:
             assert f"[{key} " in screen(app)[2]
         assert "shop" in seen["2"]
         assert "NO_SOCKET" in seen["3"]
-        assert "n/a, not measured yet" in seen["4"]
+        assert "n/a: conntrack is not watched here" in seen["4"]
         assert "n/a, not measured yet" in seen["5"]
         assert "kfree_skb" in seen["6"]
         assert "Cost of watching: n/a" in seen["6"]
         await press(pilot, "tab")
         assert "[1 Verdict]" in screen(app)[2]
+
+    piloted(app, steps)
+
+
+def full_table(refused: int = 1301) -> Snapshot:
+    api, cart, crawler = pod("payments", "api-0"), pod("shop", "cart-0"), pod("shop", "crawler-0")
+    lab = connections([(cart, 31)], owner=Owner("netns", "lab-web"), netns=7, max=1000)
+    node = connections([(crawler, 81_000), (cart, 12_000), (api, 7_000)], drop=refused + 23, insert_failed=23)
+    rows = [drop(api, refused, "ct-table-full", netns=NODE_NETNS, verdict="refused"), translated(cart, 23)]
+    return snapshot(rows, tables=[node, lab], findings=[])
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 30), (200, 50)])
+def test_the_conntrack_tab_shows_victims_and_culprits_at_once(size: tuple[int, int]) -> None:
+    feed = ListFeed(full_table())
+    app = TopApp(feed, "live")
+
+    async def steps(pilot: Pilot[int]) -> None:
+        await press(pilot, "4")
+        text = shown(app)
+        assert cursor(app).startswith("> node worker-1")
+        for words in ("100 %, 100,000 of 100,000 entries: FULL", "Read 3 s ago", "VICTIMS", "payments/api-0",
+                      "ct-snat-port-clash", "CULPRITS", "shop/crawler-0", "81 %"):  # fmt: skip
+            assert words in text
+        assert text.count("insert failed 23") == 1
+        beside = any("VICTIMS" in line and "CULPRITS" in line for line in screen(app))
+        assert beside == (size[0] > 100)
+        assert max(map(len, screen(app))) <= size[0]
+        feed.snapshots.append(full_table(1409))
+        await renew(pilot)
+        assert "1,409" in cursor(app)
+        assert "refused 1,409" in shown(app)
+        await press(pilot, "j")
+        assert cursor(app).startswith("> netns lab-web")
+        assert "Nobody lost a packet by it." in shown(app)
+        await press(pilot, "k", "enter")
+        assert isinstance(app.screen, Reading)
+        assert "Connection table of node worker-1" in shown(app)
+        assert "payments/api-0" in shown(app)
+
+    piloted(app, steps, size)
+
+
+def test_the_conntrack_tab_sorts_and_says_that_a_filter_does_not_narrow_it() -> None:
+    app = TopApp(ListFeed(full_table()), "live")
+
+    async def steps(pilot: Pilot[int]) -> None:
+        await press(pilot, "4")
+        assert "USED▼" in shown(app)
+        await press(pilot, "r")
+        assert cursor(app).startswith("> netns lab-web")
+        await press(pilot, "r", "greater_than_sign")
+        assert "USED▼" not in shown(app).replace("REFUSED▼", "")
+        assert "▼" in shown(app)
+        await press(pilot, "slash", *"nosuch", "enter")
+        assert "does not narrow this one" in shown(app)
+        assert "shop/crawler-0" in shown(app)
 
     piloted(app, steps)
 

@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from k8sdiag.host.lab.faults import FAULTS, Expected, Fault
-from k8sdiag.host.lab.netns import LabError, Netns, Sink, inside, softnet_dropped
+from k8sdiag.host.lab.conntrack import Attempts, fill_table, share_snat_port
+from k8sdiag.host.lab.fault import Expected, Fault
+from k8sdiag.host.lab.faults import FAULTS
+from k8sdiag.host.lab.netns import LabError, Netns, Server, Sink, inside, softnet_dropped
 from k8sdiag.host.lab.topology import DEFAULT_PODS, LOG_ROOT, STATE_DIR, Lab, Pod, PodSpec, lab_prefixes
 from k8sdiag.host.lab.traffic import RANDOM_SOURCE_V4, RANDOM_SOURCE_V6, Tally
 
@@ -29,6 +31,7 @@ __all__ = [
     "RANDOM_SOURCE_V4",
     "RANDOM_SOURCE_V6",
     "STATE_DIR",
+    "Attempts",
     "Expected",
     "Fault",
     "Lab",
@@ -36,11 +39,14 @@ __all__ = [
     "Netns",
     "Pod",
     "PodSpec",
+    "Server",
     "Sink",
     "Tally",
+    "fill_table",
     "inside",
     "lab_prefixes",
     "main",
+    "share_snat_port",
     "softnet_dropped",
 ]
 

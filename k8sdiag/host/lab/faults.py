@@ -1,163 +1,37 @@
-"""Faults by name, and what each should do to the counts.
-
-Whose is a dropped packet? One that is addressed to or from the namespace in which it dies belongs to that
-namespace; one in transit through the node belongs to the pod behind the veth it is on (skb->dev): the sender on
-its way in, the receiver in the qdisc on its way out. On a bridge, PREROUTING and routing see cni0, so only the
-source address tells the sender, and FORWARD sees the port towards the receiver.
-"""
+"""Faults by name."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from k8sdiag.host.lab.netns import LabError
-from k8sdiag.host.lab.topology import Lab, Pod
+from k8sdiag.host.lab import conntrack
+from k8sdiag.host.lab.fault import Case, Fault, settled
 from k8sdiag.host.lab.traffic import UNROUTED
 
 SPOOFED_SOURCE = "192.0.2.66"  # TEST-NET-1
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What one injected fault did, and how k8sdiag should name it."""
-
-    fault: str
-    cause: str | None
-    """Slug of the cause catalogue; None for benign noise, which is no fault."""
-    owner: str
-    """namespace/name of the pod, short container id, or netns name that the drops belong to; "" for none."""
-    count: int
-    """Packets dropped, known by construction: each packet sent met the fault, or sent minus received."""
-    counter: int
-    """The same, read from a kernel counter that has nothing to do with kfree_skb."""
-    counter_name: str
-    reason: str | None
-    """Drop reason of skb:kfree_skb, as on 6.18."""
-    hook: str | None = None
-    """Netfilter hook, where it was netfilter."""
-    family: Literal[4, 6] = 4
-    netns: int = 0
-    """Inode of the network namespace in which the packets died."""
-    device: str | None = None
-    """The device they were on (skb->dev); None on the way out, before there is one."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A named way to lose packets. Call it: `fault(lab, count)`."""
-
-    name: str
-    says: str
-    """One line for `lab list`."""
-    act: Callable[[_Case], tuple[int, int]] = field(repr=False)
-    """Returns the `count` and the `counter` of Expected."""
-    cause: str | None
-    reason: str | None
-    counter_name: str
-    at: Literal["pod", "node"] = "pod"
-    """Where the packets die."""
-    hook: str | None = None
-    family: Literal[4, 6] = 4
-    host_wide: bool = False
-    """Touches the whole machine for a moment."""
-
-    def __call__(self, lab: Lab, count: int = 23, owner: Pod | str | None = None) -> Expected:
-        if count < 1:
-            raise LabError(f"count must be at least 1, not {count}.")
-        if self.family == 6 and not lab.ipv6:
-            raise LabError("this lab has no IPv6. Build it with ipv6=True (and without --no-ipv6).")
-        pod = owner if isinstance(owner, Pod) else lab.pod(owner) if owner else lab.pods[0]
-        others = [other for other in lab.pods if other is not pod]
-        if not others:
-            raise LabError("faults need a second pod to talk to. Build the lab with at least two PodSpecs.")
-        # A pod of the same namespace would blur sums per namespace: prefer one from elsewhere.
-        peer = next((other for other in others if other.spec.namespace != pod.spec.namespace), others[0])
-        case = _Case(self, lab, count, pod, peer)
-        dropped, counter = self.act(case)
-        if self.cause is None:
-            return Expected(self.name, None, "", dropped, counter, self.counter_name, None)
-        return Expected(
-            fault=self.name,
-            cause=self.cause,
-            owner=pod.owner,
-            count=dropped,
-            counter=counter,
-            counter_name=self.counter_name,
-            reason=self.reason,
-            hook=self.hook,
-            family=self.family,
-            netns=(pod if self.at == "pod" else lab.node).inode,
-            device=case.device,
-        )
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One fault, this time."""
-
-    fault: Fault
-    lab: Lab
-    count: int
-    """Packets that shall be dropped."""
-    pod: Pod
-    """Whose they shall be."""
-    peer: Pod
-    """Another one to talk to."""
-
-    @property
-    def device(self) -> str | None:
-        """Where skb->dev points when the packets die."""
-        if self.fault.at == "pod":
-            return None if self.fault.hook == "LOCAL_OUT" else "eth0"
-        if self.fault.hook == "PRE_ROUTING" or self.fault.reason == "IP_INNOROUTES":
-            return self.lab.gateway_device(self.pod)
-        return self.pod.veth
-
-    @property
-    def ends(self) -> tuple[Pod, Pod]:
-        """Sender and receiver of packets that meet netfilter where they belong to `pod`.
-
-        Routed, a packet in FORWARD is still on the device it came in by; bridged, on the one it leaves by.
-        """
-        if self.fault.hook == "LOCAL_IN" or (self.fault.hook == "FORWARD" and self.lab.bridge):
-            return self.peer, self.pod
-        return self.pod, self.peer
-
-    def address(self, pod: Pod) -> str:
-        return pod.ipv4 if self.fault.family == 4 else pod.ipv6
-
-
-def _settled(read: Callable[[], int], wanted: int) -> int:
-    """Read a counter until it says `wanted`, at most 3 s (softirqs may be late); what it says."""
-    deadline = time.monotonic() + 3
-    while (value := read()) < wanted and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return value
-
-
-def _counted_by_snmp(case: _Case, send: Callable[[_Case], int]) -> tuple[int, int]:
+def _counted_by_snmp(case: Case, send: Callable[[Case], int]) -> tuple[int, int]:
     """What `send` says it lost, and by how much the counter of the fault's name grew."""
     netns, name = case.pod if case.fault.at == "pod" else case.lab.node, case.fault.counter_name
     before = netns.snmp()[name]
     dropped = send(case)
-    return dropped, _settled(lambda: netns.snmp()[name] - before, case.count)
+    return dropped, settled(lambda: netns.snmp()[name] - before, case.count)
 
 
-def _closed_udp(case: _Case) -> int:
+def _closed_udp(case: Case) -> int:
     case.peer.udp(case.address(case.pod), 8125, case.count)
     return case.count
 
 
-def _closed_tcp(case: _Case) -> int:
+def _closed_tcp(case: Case) -> int:
     return case.peer.tcp_connect(case.pod.ipv4, 8080, case.count).refused
 
 
-def _rp_filter(case: _Case) -> int:
+def _rp_filter(case: Case) -> int:
     """The pod's way back to the source leads elsewhere than eth0, and strict reverse-path filtering is on."""
     case.pod.ip(f"route add {SPOOFED_SOURCE}/32 dev lo")
     try:
@@ -169,13 +43,13 @@ def _rp_filter(case: _Case) -> int:
     return case.count
 
 
-def _udp_rcvbuf(case: _Case) -> int:
+def _udp_rcvbuf(case: Case) -> int:
     with case.pod.udp_full(8126):  # the first drop: it told that the buffer is full
         case.peer.udp(case.pod.ipv4, 8126, case.count - 1, size=512)
     return case.count
 
 
-def _no_route(case: _Case) -> int:
+def _no_route(case: Case) -> int:
     case.pod.udp(UNROUTED, 6666, case.count)
     return case.count
 
@@ -183,7 +57,7 @@ def _no_route(case: _Case) -> int:
 _CHAINS = {"PRE_ROUTING": "prerouting", "LOCAL_IN": "input", "FORWARD": "forward", "LOCAL_OUT": "output"}
 
 
-def _nft_drop(case: _Case) -> tuple[int, int]:
+def _nft_drop(case: Case) -> tuple[int, int]:
     """An nft rule `udp dport 1111 counter drop` in a chain of its own at the fault's hook."""
     fault = case.fault
     netns = case.pod if fault.at == "pod" else case.lab.node
@@ -196,25 +70,26 @@ def _nft_drop(case: _Case) -> tuple[int, int]:
     netns.add_nft_rule(family, table, f"type filter hook {hook};", "udp dport 1111 counter drop")
     try:
         sender.udp(case.address(receiver), 1111, case.count)
-        return case.count, _settled(lambda: netns.nft_counter(family, table), case.count)
+        return case.count, settled(lambda: netns.nft_counter(family, table), case.count)
     finally:
         netns.tool(["nft", "delete", "table", family, table])
 
 
-def _iptables_drop(case: _Case, binary: str, table: str) -> tuple[int, int]:
-    """A DROP rule in the node's namespace, met by what the pod sends."""
-    node, chain, port = case.lab.node, _CHAINS[case.fault.hook or ""].upper(), 2222
+def _iptables_drop(case: Case, binary: str, table: str, match: tuple[str, ...] = ()) -> tuple[int, int]:
+    """A DROP rule in the namespace the fault is at."""
+    netns = case.pod if case.fault.at == "pod" else case.lab.node
+    chain, port = _CHAINS[case.fault.hook or ""].upper(), 2222
     sender, receiver = case.ends
-    rule = [chain, "-p", "udp", "--dport", str(port), "-d", receiver.ipv4, "-j", "DROP"]
-    node.tool([binary, "-w", "-t", table, "-I", *rule])
+    rule = [chain, "-p", "udp", "--dport", str(port), "-d", receiver.ipv4, *match, "-j", "DROP"]
+    netns.tool([binary, "-w", "-t", table, "-I", *rule])
     try:
         sender.udp(receiver.ipv4, port, case.count)
-        return case.count, _settled(lambda: node.iptables_counter(binary, table, chain, port), case.count)
+        return case.count, settled(lambda: netns.iptables_counter(binary, table, chain, port), case.count)
     finally:
-        node.tool([binary, "-w", "-t", table, "-D", *rule])
+        netns.tool([binary, "-w", "-t", table, "-D", *rule])
 
 
-def _tc_ingress(case: _Case) -> tuple[int, int]:
+def _tc_ingress(case: Case) -> tuple[int, int]:
     # Classic BPF, because it needs no clang: if IPv4 and UDP to port 3333, return TC_ACT_SHOT (2), else 0.
     # Dropping everything would also drop, and count, what happens to pass by.
     bytecode = "8,40 0 0 12,21 0 5 2048,48 0 0 23,21 0 3 17,40 0 0 36,21 0 1 3333,6 0 0 2,6 0 0 0,"
@@ -223,12 +98,12 @@ def _tc_ingress(case: _Case) -> tuple[int, int]:
     try:
         node.tool(["tc", "filter", "add", "dev", veth, "ingress", "bpf", "da", "bytecode", bytecode])
         case.pod.udp(case.peer.ipv4, 3333, case.count)
-        return case.count, _settled(lambda: node.qdisc_dropped(veth, "clsact"), case.count)
+        return case.count, settled(lambda: node.qdisc_dropped(veth, "clsact"), case.count)
     finally:
         node.tool(["tc", "qdisc", "del", "dev", veth, "clsact"])
 
 
-def _tbf_overflow(case: _Case) -> tuple[int, int]:
+def _tbf_overflow(case: Case) -> tuple[int, int]:
     """A token bucket on the way to the pod: 16 bytes a second, one packet long.
 
     So it is full after two packets, drops all that follow, and nothing trickles out while they are counted.
@@ -248,17 +123,17 @@ def _tbf_overflow(case: _Case) -> tuple[int, int]:
             while dropped() == 0 and sent < 10:
                 sent += send(1)
             sent += send(case.count - 1)
-            counter = _settled(dropped, case.count)
+            counter = settled(dropped, case.count)
             # Let the queue run empty before it is deleted: a purged queue would be one more dropped packet.
             # The new rate is looked at when the next packet comes.
             node.tool(["tc", "qdisc", "change", *tbf, "1gbit", "burst", "1mb", "limit", "1mb"])
             sent += send(1)
-            return sent - _settled(sink.received, sent - case.count), counter
+            return sent - settled(sink.received, sent - case.count), counter
         finally:
             node.tool(["tc", "qdisc", "del", "dev", pod.veth, "root"])
 
 
-def _softnet_backlog(case: _Case) -> tuple[int, int]:
+def _softnet_backlog(case: Case) -> tuple[int, int]:
     """Bursts longer than the CPU's backlog may be, reaching the pod all at once.
 
     The node must cut them into datagrams because its veth takes no offload. The kernel accepts one more than
@@ -283,13 +158,13 @@ def _softnet_backlog(case: _Case) -> tuple[int, int]:
                 bursts = [longest] * full + ([rest + backlog + 1] if rest else [])
                 with lab.host_sysctl("net.core.netdev_max_backlog", backlog):
                     sent += burst.ask(json.dumps(bursts))
-                _settled(lambda: sink.received() + dropped(), sent)
+                settled(lambda: sink.received() + dropped(), sent)
             return sent - sink.received(), dropped()
     finally:
         lab.node.ip(f"link set {pod.veth} gso_max_segs 65535")
 
 
-def _benign_noise(case: _Case) -> tuple[int, int]:
+def _benign_noise(case: Case) -> tuple[int, int]:
     """Events of kfree_skb that mean nothing: k8sdiag must call none of them a problem."""
     pod, count = case.pod, case.count
     pod.send_by("unread", count=count)
@@ -302,7 +177,7 @@ def _benign_noise(case: _Case) -> tuple[int, int]:
 def _by_snmp(
     name: str,
     says: str,
-    send: Callable[[_Case], int],
+    send: Callable[[Case], int],
     cause: str,
     reason: str,
     counter_name: str,
@@ -321,10 +196,19 @@ def _by_nft(
     return Fault(name, says, _nft_drop, "networkpolicy-drop", "NETFILTER_DROP", counter_name, at, hook, family)
 
 
-def _by_iptables(name: str, says: str, binary: str, table: str, hook: str) -> Fault:
-    act = partial(_iptables_drop, binary=binary, table=table)
+def _by_iptables(
+    name: str,
+    says: str,
+    binary: str,
+    table: str,
+    hook: str,
+    *,
+    at: Literal["pod", "node"] = "node",
+    match: tuple[str, ...] = (),
+) -> Fault:
+    act = partial(_iptables_drop, binary=binary, table=table, match=match)
     counter_name = f"{binary} {table} {_CHAINS[hook].upper()} rule counter"
-    return Fault(name, says, act, "networkpolicy-drop", "NETFILTER_DROP", counter_name, "node", hook)
+    return Fault(name, says, act, "networkpolicy-drop", "NETFILTER_DROP", counter_name, at, hook)
 
 
 _ALL_FAULTS = (
@@ -347,6 +231,8 @@ _ALL_FAULTS = (
                  "iptables-legacy", "filter", "FORWARD"),
     _by_iptables("iptables-raw", "iptables-legacy DROP in raw PREROUTING, which looks like a full conntrack table",
                  "iptables-legacy", "raw", "PRE_ROUTING"),
+    _by_iptables("iptables-input", "iptables-legacy DROP of new connections in the pod's INPUT chain, the pod tracking",
+                 "iptables-legacy", "filter", "LOCAL_IN", at="pod", match=("-m", "conntrack", "--ctstate", "NEW")),
     Fault("tc-ingress", "a tc BPF program on the node's veth drops what the pod sends",
           _tc_ingress, "tc-bpf-drop", "TC_INGRESS", "tc -s qdisc clsact dropped", at="node"),
     Fault("tbf-overflow", "the bandwidth limit (tbf) on the way to the pod overflows",
@@ -359,6 +245,7 @@ _ALL_FAULTS = (
              _no_route, "no-route", "IP_INNOROUTES", "IpExtInNoRoutes", at="node"),
     Fault("softnet-backlog", "the CPU's backlog overflows on the way into the pod (host-wide, a moment)",
           _softnet_backlog, "softnet-backlog", "CPU_BACKLOG", "rx_dropped of eth0", host_wide=True),
+    *conntrack.FAULTS,
     Fault("benign-noise", "closed sockets, late DNS answers, other hosts' frames: events without a fault",
           _benign_noise, None, None, "none"),
 )  # fmt: skip

@@ -9,6 +9,7 @@ import os
 import re
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,9 @@ PROCESS_MARK = "K8SDIAG_LAB"
 
 CLONE_NEWNET = 0x40000000
 SO_NETNS_COOKIE = 71  # <asm-generic/socket.h>
+# <linux/netfilter/nfnetlink.h>, <linux/netfilter/nfnetlink_conntrack.h>, <linux/netlink.h>
+NETLINK_NETFILTER, NFNL_SUBSYS_CTNETLINK, IPCTNL_MSG_CT_DELETE = 12, 1, 2
+NLM_F_REQUEST, NLM_F_ACK, NLMSG_ERROR = 1, 4, 2
 
 T = TypeVar("T")
 
@@ -180,6 +184,31 @@ class Netns:
         """UDP datagrams that found no socket: UdpNoPorts or Udp6NoPorts."""
         return self.snmp()["UdpNoPorts" if family == 4 else "Udp6NoPorts"]
 
+    def conntrack(self) -> dict[str, int]:
+        """Counters of /proc/net/stat/nf_conntrack by its own names, summed over CPUs; "entries" is a gauge."""
+        try:
+            table = inside(self.path, lambda: Path("/proc/thread-self/net/stat/nf_conntrack").read_text())
+        except FileNotFoundError as failure:
+            raise LabError("this kernel does not track connections, or does not tell (nf_conntrack).") from failure
+        names, *rows = (line.split() for line in table.splitlines())
+        cpus = [[int(value, 16) for value in row] for row in rows]
+        counters = {name: sum(column) for name, column in zip(names, zip(*cpus, strict=True), strict=True)}
+        return counters | {"entries": cpus[0][names.index("entries")]}  # each CPU's row repeats it
+
+    def flush_conntrack(self) -> None:
+        """Forget every tracked connection of this namespace, as `conntrack -F` does."""
+
+        def flush() -> int:
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+                kind = NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_DELETE
+                # nlmsghdr and nfgenmsg; no attributes: all of them
+                netlink.send(struct.pack("=IHHIIBBH", 20, kind, NLM_F_REQUEST | NLM_F_ACK, 1, 0, 0, 0, 0))
+                _, answer, _, _, _, error = struct.unpack_from("=IHHIIi", netlink.recv(4096))
+            return -error if answer == NLMSG_ERROR else 0
+
+        if error := inside(self.path, flush):
+            raise LabError(f"cannot flush the connection table of {self.name}: {os.strerror(error)}.")
+
     def nft_counter(self, family: str, table: str) -> int:
         """Packets counted by all the rules of one nft table."""
         listing = json.loads(self.tool(["nft", "-j", "list", "table", family, table]))
@@ -225,7 +254,21 @@ class Netns:
 
         Under one second a lost SYN is not sent again, so it is one packet per connection.
         """
-        return self.send_by("tcp", dst=dst, port=port, count=count, timeout_s=timeout_s)
+        return self.send_by("attempts", dst=dst, port=port, count=count, timeout_s=timeout_s, udp=False, wait=False)
+
+    @contextlib.contextmanager
+    def tcp_server(self, port: int) -> Iterator[Server]:
+        """Accepts every connection, IPv4 and IPv6, and holds it; at the end gives them up without a packet."""
+        with self.child("server", port=port) as child:
+            child.answer()  # listening
+            yield Server(child)
+
+    @contextlib.contextmanager
+    def tcp_held(self, dst: str, port: int, count: int) -> Iterator[None]:
+        """`count` established connections; at the end they are given up without a packet."""
+        with self.child("hold", dst=dst, port=port, count=count) as child:
+            child.answer()  # established
+            yield
 
     def flood_udp(self, dst: str, port: int, count: int, *, processes: int = 2, random_source: bool = False) -> Tally:
         """Send `count` datagrams in all, as fast as `processes` processes can: it loads the machine.
@@ -241,9 +284,12 @@ class Netns:
         return Tally(sent=sum(t.sent for t in tallies), refused=sum(t.refused for t in tallies))
 
     @contextlib.contextmanager
-    def sink(self, port: int) -> Iterator[Sink]:
-        """A UDP socket, IPv4 and IPv6, that reads everything: `sink.received()` datagrams so far."""
-        with self.child("sink", port=port) as child:
+    def sink(self, port: int, *, echo: bool = False, address: str = "::") -> Iterator[Sink]:
+        """A UDP socket, IPv4 and IPv6, that reads everything: `sink.received()` datagrams so far.
+
+        `echo`: and sends it back. `address`: bound to this IPv6 address ("::ffff:192.0.2.1" for IPv4) alone.
+        """
+        with self.child("sink", port=port, echo=echo, address=address) as child:
             child.answer()  # bound
             yield Sink(child)
 
@@ -263,11 +309,14 @@ class _Child:
         self._process = process
         self._act = act
 
+    def tell(self, line: str = "") -> None:
+        lines = cast("IO[str]", self._process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # then the answer will be missing, and answer() says so
+            lines.write(line + "\n")
+            lines.flush()
+
     def ask(self, question: str = "") -> Any:
-        questions = cast("IO[str]", self._process.stdin)
-        with contextlib.suppress(BrokenPipeError):  # then the answer is missing, reported below
-            questions.write(question + "\n")
-            questions.flush()
+        self.tell(question)
         return self.answer()
 
     def answer(self) -> Any:
@@ -305,6 +354,21 @@ class Sink:
     def received(self) -> int:
         """Datagrams read so far."""
         return int(self._child.ask())
+
+
+class Server:
+    """A TCP server in some namespace."""
+
+    def __init__(self, child: _Child) -> None:
+        self._child = child
+
+    def write(self) -> int:
+        """Send one segment on each connection; on how many."""
+        return int(self._child.ask("write"))
+
+    def write_once(self) -> int:
+        """The same, but give each connection up before it could send the segment again."""
+        return int(self._child.ask("abandon"))
 
 
 def softnet_dropped() -> int:

@@ -26,7 +26,7 @@ from k8sdiag.host.lab.netns import PROCESS_MARK, LabError, Netns, run
 from k8sdiag.host.lab.traffic import RANDOM_SOURCE_V4, RANDOM_SOURCE_V6
 
 if TYPE_CHECKING:
-    from k8sdiag.host.lab.faults import Expected
+    from k8sdiag.host.lab.fault import Expected
 
 STATE_DIR = Path("/run/k8sdiag-lab")
 LOG_ROOT = Path("/var/log/pods")

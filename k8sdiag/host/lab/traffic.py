@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import dataclasses
 import json
+import mmap
 import os
+import resource
 import select
 import socket
 import struct
@@ -29,20 +31,22 @@ UNROUTED = "203.0.113.7"  # TEST-NET-3: the node has no route to it
 SO_RCVBUFFORCE, SO_MEMINFO = 33, 55
 SK_MEMINFO_DROPS = 8
 SOL_UDP, UDP_SEGMENT = 17, 103
+TCP_REPAIR = 19
 IP_TRANSPARENT, IPV6_HDRINCL = 19, 36
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What the sending side saw. Unit: packets for UDP, connections for TCP."""
+    """What the sending side saw. Unit: packets for UDP, connections for TCP, one packet each for attempts."""
 
     sent: int = 0
     """Handed to the kernel, including the refused ones."""
     refused: int = 0
     """UDP: the send call failed (EPERM from an OUTPUT rule, ENOBUFS …). TCP: refused, reset or unreachable."""
     timed_out: int = 0
-    """TCP: no answer within the timeout."""
+    """TCP and attempts: no answer within the timeout."""
     connected: int = 0
+    """TCP: established. Attempts by UDP: answered."""
 
 
 def _say(value: object) -> None:
@@ -183,20 +187,80 @@ def _random_packets(dst: str, port: int, size: int, batch: int) -> tuple[bytearr
     return packets, redraw
 
 
-def _sink(port: int) -> None:
-    """Read everything; answer each line with the number of datagrams so far."""
+def _flows(dst: str, port: int, first_sport: int) -> None:
+    """For each line, a number: so many datagrams, each from a source port of its own, counted up from the first."""
+    sport = first_sport
+    for line in sys.stdin:
+        for number in range(1, int(line) + 1):
+            with socket.socket(_family(dst), socket.SOCK_DGRAM) as sender:
+                sender.bind(("", sport))
+                sender.sendto(b"flow", (dst, port))
+            sport += 1
+            if number % 128 == 0:
+                time.sleep(0.001)
+        _say(int(line))
+
+
+def _talk(dst: str, port: int) -> None:
+    """For each line, a number: so many datagrams from one socket, and how many answers came within half a second."""
+    with socket.socket(_family(dst), socket.SOCK_DGRAM) as talker:  # not connected: ICMP errors shall not stop it
+        for line in sys.stdin:
+            for _ in range(int(line)):
+                talker.sendto(b"talk", (dst, port))
+            answered, deadline = 0, time.monotonic() + 0.5
+            while answered < int(line) and (left_s := deadline - time.monotonic()) > 0:
+                talker.settimeout(left_s)
+                with contextlib.suppress(TimeoutError):
+                    talker.recv(64)
+                    answered += 1
+            _say(answered)
+
+
+def _twins(dst: str, port: int, sockets: int) -> None:
+    """For each line, new sockets (at most 255), each sending two datagrams at the same moment from two processes.
+
+    Nobody knows the connection before the first of the two has passed, so both are the first.
+    """
+    for _ in sys.stdin:
+        senders = []
+        for _ in range(sockets):
+            sender = socket.socket(_family(dst), socket.SOCK_DGRAM)
+            sender.connect((dst, port))
+            senders.append(sender)
+        with mmap.mmap(-1, 2) as arrived:  # how far each process has come
+            child = os.fork()
+            me = 0 if child else 1
+            for number, sender in enumerate(senders, 1):
+                arrived[me] = number
+                deadline = time.monotonic() + 0.1  # the other may have lost its CPU, or ended
+                while arrived[1 - me] < number and time.monotonic() < deadline:
+                    pass
+                with contextlib.suppress(ConnectionRefusedError):
+                    sender.send(b"twin")
+            if not child:
+                os._exit(0)
+            os.waitpid(child, 0)
+        for sender in senders:
+            sender.close()
+        _say(2 * sockets)
+
+
+def _sink(port: int, echo: bool, address: str) -> None:
+    """Read everything, and send it back if asked to; answer each line with the number of datagrams so far."""
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as reader:
         reader.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 16 << 20)
         reader.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        reader.bind(("::", port))
+        reader.bind((address, port))
         reader.setblocking(False)
         _say("ready")
         received, asked = 0, False
         while True:
             with contextlib.suppress(BlockingIOError):
                 while True:
-                    reader.recv(1)
+                    datagram, sender = reader.recvfrom(64)
                     received += 1
+                    if echo:
+                        reader.sendto(datagram, sender)
             if asked:  # after reading: the answer includes what was there when the question came
                 _say(received)
             readable, _, _ = select.select([reader, sys.stdin], [], [])
@@ -236,30 +300,88 @@ def _full(port: int, address: str) -> None:
 # Connections
 
 
-def _tcp(dst: str, port: int, count: int, timeout_s: float) -> Tally:
+def _attempts(dst: str, port: int, count: int, timeout_s: float, udp: bool, wait: bool) -> Tally:
+    """TCP connects, or datagrams from a socket each that hope for an answer; with `wait` not before a line comes."""
     waiting: dict[int, socket.socket] = {}
     poll = select.poll()
     for _ in range(count):
-        connection = socket.socket(_family(dst), socket.SOCK_STREAM)
-        connection.setblocking(False)
+        attempt = socket.socket(_family(dst), socket.SOCK_DGRAM if udp else socket.SOCK_STREAM)
+        attempt.setblocking(False)
+        waiting[attempt.fileno()] = attempt
+    if wait:
+        _say("ready")
+        sys.stdin.readline()
+    for descriptor, attempt in waiting.items():
         with contextlib.suppress(BlockingIOError, ConnectionRefusedError):  # a refusal shows in the poll as well
-            connection.connect((dst, port))
-        waiting[connection.fileno()] = connection
-        poll.register(connection, select.POLLOUT)
+            attempt.connect((dst, port))
+            if udp:
+                attempt.send(b"attempt")
+        poll.register(descriptor, select.POLLIN if udp else select.POLLOUT)
     connected = refused = 0
     deadline = time.monotonic() + timeout_s
     while waiting and (left_s := deadline - time.monotonic()) > 0:
         for descriptor, _ in poll.poll(left_s * 1000):
             poll.unregister(descriptor)
-            with waiting.pop(descriptor) as connection:
+            with waiting.pop(descriptor) as attempt:
                 try:
-                    connection.getpeername()
+                    if udp:
+                        attempt.recv(64)
+                    else:
+                        attempt.getpeername()
                     connected += 1
                 except OSError:
                     refused += 1
-    for connection in waiting.values():
-        connection.close()
+    for attempt in waiting.values():
+        attempt.close()
     return Tally(sent=count, refused=refused, timed_out=len(waiting), connected=connected)
+
+
+def _many_files() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _abandon(connection: socket.socket) -> None:
+    """Close without a packet, and without sending again what was not acknowledged."""
+    with connection:
+        connection.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+
+
+def _hold(dst: str, port: int, count: int) -> None:
+    """TCP connections, held until stdin ends."""
+    _many_files()
+    held = [socket.create_connection((dst, port), timeout=5) for _ in range(count)]
+    _say(len(held))
+    sys.stdin.read()
+    for connection in held:
+        _abandon(connection)
+
+
+def _server(port: int) -> None:
+    """Accept everything and hold it. A line: write on each connection; "abandon": and give it up at once."""
+    accepted: list[socket.socket] = []
+    _many_files()
+    with socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096) as server:
+        server.setblocking(False)
+        _say("ready")
+        while True:
+            readable, _, _ = select.select([server, sys.stdin], [], [])
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    accepted.append(server.accept()[0])
+            if sys.stdin not in readable:
+                continue
+            line = sys.stdin.readline()
+            for connection in accepted:
+                if line:
+                    connection.send(b"x")
+                if not line or line.strip() == "abandon":
+                    _abandon(connection)
+            if not line:
+                return
+            _say(len(accepted))
+            if line.strip() == "abandon":
+                accepted.clear()
 
 
 def _tcp_endings(count: int) -> Tally:
@@ -323,9 +445,14 @@ _ACTS: dict[str, Callable[..., Tally | None]] = {
     "udp": _udp,
     "bursts": _bursts,
     "flood": _flood,
+    "flows": _flows,
+    "talk": _talk,
+    "twins": _twins,
     "sink": _sink,
     "full": _full,
-    "tcp": _tcp,
+    "attempts": _attempts,
+    "hold": _hold,
+    "server": _server,
     "tcp-endings": _tcp_endings,
     "unread": _unread,
     "frames": _frames,

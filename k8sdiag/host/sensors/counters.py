@@ -26,8 +26,9 @@ class Reading(NamedTuple):
 
     protocols: dict[str, int]
     """/proc/net/snmp, netstat and snmp6: prefix and name joined, such as UdpNoPorts, Udp6NoPorts."""
-    conntrack: dict[str, int]
-    """/proc/net/stat/nf_conntrack summed over CPUs, and `count`, entries in use; empty without conntrack."""
+    conntrack: tuple[dict[str, int], ...]
+    """/proc/net/stat/nf_conntrack: a line for each possible CPU, as the header names the columns; `entries` says the
+    same, all entries of the namespace, on every line. Empty without conntrack."""
 
 
 def read_namespace(path: str, inode: int) -> Reading:
@@ -36,7 +37,7 @@ def read_namespace(path: str, inode: int) -> Reading:
         here = Path("/proc/thread-self/net")
         texts = {name: (here / name).read_text() for name in ("snmp", "snmp6", "netstat") if (here / name).exists()}
         statistics = here / "stat/nf_conntrack"
-        conntrack = parse_conntrack(statistics.read_text()) if statistics.exists() else {}
+        conntrack = parse_conntrack(statistics.read_text()) if statistics.exists() else ()
     return Reading(parse_protocols(texts), conntrack)
 
 
@@ -55,16 +56,11 @@ def parse_protocols(texts: dict[str, str]) -> dict[str, int]:
     return values
 
 
-def parse_conntrack(text: str) -> dict[str, int]:
-    """Sums over CPUs of the hexadecimal columns; `entries` says the same on every row and becomes `count`."""
+def parse_conntrack(text: str) -> tuple[dict[str, int], ...]:
+    """The hexadecimal columns by name, a dict for each CPU."""
     header, *rows = text.splitlines()
     names = header.split()
-    columns = [[int(word, 16) for word in row.split()] for row in rows]
-    sums = {name: sum(row[i] for row in columns) for i, name in enumerate(names)}
-    if "entries" in sums:
-        del sums["entries"]
-        sums["count"] = columns[0][names.index("entries")] if columns else 0
-    return sums
+    return tuple({name: int(word, 16) for name, word in zip(names, row.split(), strict=False)} for row in rows)
 
 
 def read_softnet_dropped(path: Path = Path("/proc/net/softnet_stat")) -> int:
@@ -104,6 +100,6 @@ class NetnsCounters:
             except OSError:
                 continue  # gone in this moment
             readings[inode, self._inventory.cookie(inode)] = reading
-            if reading.conntrack.get("count"):
+            if reading.conntrack and reading.conntrack[0].get("entries"):
                 self._busy.add(inode)
         return readings

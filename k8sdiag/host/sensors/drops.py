@@ -20,9 +20,18 @@ FLOWS_PER_TICK = 2000
 KEYS_REMEMBERED = 10_000
 
 _EXPLAINS = wire.DROP_KEY.size
+_HOOK_AT = wire.DROP_KEY.offsets["hook"]
 _COOKIE, _NETNS = struct.Struct("<Q"), struct.Struct("<I")
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 _FAMILIES = (wire.Family.IPV4, wire.Family.IPV6)
+
+
+class ConntrackSeen(NamedTuple):
+    """What a CPU counted in a namespace, as the probe compares it. See wire.CONNTRACK_SEEN."""
+
+    insert_failed: int
+    drop: int
+    chain_too_long: int
 
 
 class Losses(NamedTuple):
@@ -49,6 +58,9 @@ class DropSensor:
         self._next_id = 1
         self._named: set[int] = set()
         self._probe: Probe | None = None
+        self._baselined = False
+        self.filtered: set[int] = set()
+        """Inodes of the namespaces in which netfilter dropped anything before the last read."""
         self._tallies = struct.Struct("<" + wire.TALLY.codec.format.lstrip("<") * self._cpus)
 
     def start(self) -> list[AnyFact]:
@@ -62,17 +74,22 @@ class DropSensor:
             if name.partition("_")[0] in sizes
         }
         self._control = BpfMap(probe.map_fds["control"], 4, wire.CONTROL.size)
+        if "anchor" in probe.map_fds:
+            BpfMap(probe.map_fds["anchor"], 4, 4).update(bytes(4), struct.pack("<I", probe.map_fds["budget"]))
         self._losses = BpfMap(probe.map_fds["losses"], 4, 8, self._cpus)
         self._ring = RingBuffer(probe.map_fds["samples"], wire.SAMPLE_PAGES * mmap.PAGESIZE)
         self._grace = GracePeriod()
         self._switch()
         probe.attach("kfree_skb")
+        why_not = (
+            probe.attach_kprobes() if probe.about["kprobes"] else "this kernel has no kprobes, or no conntrack yet"
+        )
         return [
             *(Reason(number, name) for number, name in self.reasons.items()),
-            *self._capabilities(),
+            *self._capabilities(why_not),
         ]
 
-    def _capabilities(self) -> Iterator[Capability]:
+    def _capabilities(self, why_not: str) -> Iterator[Capability]:
         assert self._probe is not None
         about = self._probe.about
         hook = f"raw_tracepoint:kfree_skb ({about['arguments']} arguments)"
@@ -86,11 +103,44 @@ class DropSensor:
             yield Capability("symbols", "missing", "/proc/kallsyms", why)
         else:
             yield Capability("symbols", "full", "/proc/kallsyms")
-        if not about["conntrack_status"]:
+        if "state" not in about["conntrack"]:
             why = "no type information of nf_conntrack (module not loaded): new and confirmed cannot be told apart"
             yield Capability("conntrack-state", "missing", "nf_conn.status", why)
         else:
             yield Capability("conntrack-state", "full", "nf_conn.status")
+        yield self._conntrack_capability(why_not)
+
+    def _conntrack_capability(self, why_not: str) -> Capability:
+        assert self._probe is not None
+        if not why_not:
+            return Capability("conntrack", "full", "kprobe:__nf_conntrack_confirm, nf_ct_resolve_clash, early_drop")
+        if "statistics" in self._probe.about["conntrack"]:
+            hook = "raw_tracepoint:kfree_skb, and there this CPU's conntrack statistics"
+            return Capability("conntrack", "inferred", hook, f"{why_not}: refusals are told by what rose")
+        why = "no type information of nf_conntrack: netfilter drops are told apart by hook and statistics alone"
+        return Capability("conntrack", "counters", "/proc/net/stat/nf_conntrack", why)
+
+    @property
+    def counts_chains(self) -> bool:
+        """Whether this kernel counts hash chains that grew too long (from 5.15)."""
+        assert self._probe is not None
+        return "chains" in self._probe.about["conntrack"]
+
+    def baseline(self, failures: dict[int, list[ConntrackSeen]]) -> None:
+        """Say what conntrack had counted before the watch: by inode, a line for each possible CPU.
+
+        To be told once, of all namespaces; of those not named here, nothing is taken to have been counted so far.
+        """
+        assert self._probe is not None
+        if "seen" in self._probe.map_fds:
+            seen = BpfMap(self._probe.map_fds["seen"], 4, wire.CONNTRACK_SEEN.size, self._cpus)
+            for inode, rows in failures.items():
+                if len(rows) == self._cpus:
+                    seen.update(
+                        struct.pack("<I", inode), b"".join(wire.CONNTRACK_SEEN.codec.pack(*row, 0) for row in rows)
+                    )
+        self._baselined = True
+        self._say()
 
     def runs(self) -> ProgramRuns:
         assert self._probe is not None
@@ -124,8 +174,11 @@ class DropSensor:
         if len(self._ids) > KEYS_REMEMBERED:
             self._ids.clear()
         columns: list[tuple[int, int, int, int]] = []
+        self.filtered = set()
         for key, (skbs, packets, length) in sums.items():
             columns.append((self._id(key, facts), skbs, packets, length))
+            if key[_HOOK_AT]:
+                self.filtered.add(_NETNS.unpack(key[-_NETNS.size :])[0])
         if columns:
             facts.append(Drops(*zip(*columns, strict=True)))
         for record in (*records, *self._samples()):
@@ -147,10 +200,12 @@ class DropSensor:
         # Each CPU has a budget of its own; what none of them used stays.
         self._credit = min(self._credit + self._samples_per_s * passed_s, self._samples_per_s)
         samples = max(1, int(self._credit) // self._cpus) if self._credit >= 1 else 0
-        self._control.update(
-            bytes(4), wire.CONTROL.codec.pack(side, self._turn, samples, max(1, int(STACKS_PER_S * passed_s)))
-        )
+        self._said = side, self._turn, samples, max(1, int(STACKS_PER_S * passed_s))
+        self._say()
         return 1 - side
+
+    def _say(self) -> None:
+        self._control.update(bytes(4), wire.CONTROL.codec.pack(*self._said, int(self._baselined), 0))
 
     def _drain(self, side: int) -> dict[bytes, tuple[int, int, int]]:
         """(skbs, packets, bytes) by identity (see _identity()), of flows and of what is beyond the limit."""
@@ -244,9 +299,13 @@ def _drop_key(number: int, identity: bytes) -> DropKey:
     folded = len(identity) == _EXPLAINS + _NETNS.size
     (netns,) = _NETNS.unpack(identity[-_NETNS.size :])
     fields = (wire.DROP_KEY if folded else wire.FLOW_KEY).codec.unpack(identity[: -_NETNS.size])
-    cookie, location, ifindex, reason, hook, conntrack, netns_from, family, protocol = fields[:9]
-    src, dst, sport, dport, iif = (b"", b"", 0, 0, 0) if folded else fields[9:]
+    cookie, location, ifindex, reason, hook, verdict, conntrack, nat, netns_from, family, protocol, segment = fields[
+        :12
+    ]
+    no_flow = (b"", b"", 0, 0, 0, b"", b"", 0, 0)
+    reply_src, reply_dst, reply_sport, reply_dport, iif, src, dst, sport, dport = no_flow if folded else fields[12:21]
     has_addresses = not folded and family in _FAMILIES
+    is_translated = has_addresses and nat != wire.Nat.NONE
     return DropKey(
         id=number,
         reason=reason,
@@ -265,6 +324,14 @@ def _drop_key(number: int, identity: bytes) -> DropKey:
         sport=sport,
         dport=dport,
         folded=folded,
+        verdict=wire.Verdict(verdict & ~wire.PROBED).name if verdict else "",
+        probed=bool(verdict & wire.PROBED),
+        segment=wire.Segment(segment).name if segment else "",
+        nat=wire.Nat(nat).name if nat else "",
+        reply_src=_address(reply_src) if is_translated else "",
+        reply_dst=_address(reply_dst) if is_translated else "",
+        reply_sport=reply_sport,
+        reply_dport=reply_dport,
     )
 
 
