@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from k8sdiag.engine import Engine
     from k8sdiag.report import Check
-    from k8sdiag.snapshot import DropRow, Owner, Snapshot
+    from k8sdiag.snapshot import Owner, Snapshot
     from k8sdiag.source import Source
     from k8sdiag.trace import TraceSource
 
@@ -268,20 +268,16 @@ def _engine(options: argparse.Namespace, window_s: float | None = None, row_limi
     return Engine(window_s, row_limit, _ignored(getattr(options, "ignore", [])), _narrowed(options), ", ".join(asked))
 
 
-def _narrowed(options: argparse.Namespace) -> Callable[[DropRow], bool] | None:
-    """Keep drops of which either end is in the namespaces and matches the glob asked for."""
+def _narrowed(options: argparse.Namespace) -> Callable[[Owner], bool] | None:
+    """Who is in the namespaces and matches the glob asked for."""
     if not options.namespace and not options.pod:
         return None
     from fnmatch import fnmatchcase
 
-    def wanted(owner: Owner | None) -> bool:
-        return (
-            owner is not None
-            and (not options.namespace or owner.namespace in options.namespace)
-            and (not options.pod or fnmatchcase(owner.name, options.pod))
-        )
-
-    return lambda row: wanted(row.owner) or wanted(row.peer)
+    return lambda owner: (
+        (not options.namespace or owner.namespace in options.namespace)
+        and (not options.pod or fnmatchcase(owner.name, options.pod))
+    )
 
 
 def _ignored(expressions: Sequence[str]) -> Callable[[str, Owner], bool]:

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from k8sdiag.facts import REMEMBERED_NS, ConntrackStats, ConntrackTable
+from k8sdiag.facts import REMEMBERED_NS, ConntrackStats, ConntrackTable, DropKey
 from k8sdiag.identity import Identity
-from k8sdiag.snapshot import ConntrackRow, HolderRow, Owner, ProtocolRow
+from k8sdiag.snapshot import ConntrackRow, HolderRow, Owner, ProtocolRow, RepairRow
 
 HOLDERS = 50
 """Owners of a table that are named, largest first; the rest is in the sums."""
@@ -26,6 +26,13 @@ class Tables:
         self._ticks: dict[_Space, deque[_Tick]] = {}
         """Statistics and when they were taken. The first are from before the window: what counts is since then."""
         self._readings: dict[_Space, ConntrackTable] = {}
+        self._repairs: dict[_Space, deque[tuple[int, Owner, int]]] = {}
+        """When, whose and how many clashes were resolved."""
+
+    def repair(self, key: DropKey, packets: int, t_ns: int) -> None:
+        """Take in clashes that were resolved."""
+        owner = self._identity.attribute(key, t_ns).owner
+        self._repairs.setdefault((key.netns, key.netns_cookie), deque()).append((t_ns, owner, packets))
 
     def count(self, stats: ConntrackStats, t_ns: int, *, is_first: bool) -> None:
         """Take in statistics. Those of the first batch are what was counted before it; else all since the start."""
@@ -47,15 +54,20 @@ class Tables:
                 continue
             while len(ticks) > 1 and ticks[1][0] <= start_ns:
                 ticks.popleft()
+            repairs = self._repairs.get(space, deque())
+            while repairs and repairs[0][0] <= start_ns:
+                repairs.popleft()
             ended_ns = ticks[-1][1].until_t_ns
             if ended_ns is not None and ended_ns < start_ns - REMEMBERED_NS:
                 del self._ticks[space]
                 self._readings.pop(space, None)
+                self._repairs.pop(space, None)
 
     def zero(self, t_ns: int) -> None:
         """Let the window begin now."""
         for space, ticks in self._ticks.items():
             self._ticks[space] = deque([(t_ns, ticks[-1][1])])
+        self._repairs.clear()
 
     def rows(self, t_ns: int, seconds: float) -> tuple[ConntrackRow, ...]:
         """A row for each table that is in use or had anything to count in the window, fullest first."""
@@ -99,6 +111,7 @@ class Tables:
             zones=_sums((str(line[0]), line[5]) for line in lines),
             holders=self._holders(space, lines, t_ns),
             protocols=_protocols(lines),
+            repairs=_repairs(self._repairs.get(space, ())),
         )
 
     def _stale(self, lines: list[_Line], t_ns: int) -> int:
@@ -132,6 +145,14 @@ def _lines(reading: ConntrackTable) -> Iterator[_Line]:
         reading.zone, reading.source, reading.target, reading.protocol, reading.state, reading.entries,
         reading.unreplied, reading.timeout_s, strict=True,
     )  # fmt: skip
+
+
+def _repairs(repairs: Iterable[tuple[int, Owner, int]]) -> tuple[RepairRow, ...]:
+    sums: dict[object, RepairRow] = {}
+    for _, owner, packets in repairs:
+        known = sums.get(owner.identity)
+        sums[owner.identity] = RepairRow(owner, packets + (known.packets if known else 0))
+    return tuple(sorted(sums.values(), key=lambda row: (-row.packets, row.owner.label)))
 
 
 def _protocols(lines: list[_Line]) -> tuple[ProtocolRow, ...]:

@@ -17,6 +17,7 @@ from k8sdiag.conntrack import Tables
 from k8sdiag.facts import (
     KEYS_IN_USE,
     Capability,
+    ClashesResolved,
     Clock,
     ConntrackStats,
     ConntrackTable,
@@ -35,6 +36,7 @@ from k8sdiag.snapshot import (
     ConntrackRow,
     DropCount,
     DropRow,
+    Finding,
     NamespaceRow,
     Owner,
     OwnerConntrack,
@@ -83,7 +85,9 @@ class Engine:
     """Takes batches, keeps a window, gives Snapshots.
 
     `window_s` None keeps everything since the first batch; else what is older than that leaves again. `ignored`
-    marks findings as expected; `keep` narrows everything to the rows it wants, which `narrowed` says in words.
+    marks findings as expected; `keep` narrows everything to what concerns the owners it wants, which `narrowed` says
+    in words: drops of which either end is one, and what statistics alone tell of a table that is theirs or that they
+    fill. The tables stay whole, as they are shared.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class Engine:
         window_s: float | None = None,
         row_limit: int = ROW_LIMIT,
         ignored: Callable[[str, Owner], bool] = lambda _slug, _owner: False,
-        keep: Callable[[DropRow], bool] | None = None,
+        keep: Callable[[Owner], bool] | None = None,
         narrowed: str = "",
     ) -> None:
         self.identity = Identity()
@@ -135,10 +139,8 @@ class Engine:
                     self._reasons[fact.number] = fact.name
                 case Symbol():
                     self._symbols[fact.address] = fact.name
-                case ConntrackStats():
-                    self._tables.count(fact, batch.t_ns, is_first=is_first)
-                case ConntrackTable():
-                    self._tables.read(fact)
+                case ClashesResolved() | ConntrackStats() | ConntrackTable():
+                    self._track(fact, batch.t_ns, is_first=is_first)
                 case Sample():
                     self.samples.append(fact)
                 case Lost():
@@ -155,6 +157,15 @@ class Engine:
                     self.identity.fold(fact)
         self.identity.forget(batch.t_ns)
         self._expire()
+
+    def _track(self, fact: ClashesResolved | ConntrackStats | ConntrackTable, t_ns: int, *, is_first: bool) -> None:
+        if isinstance(fact, ConntrackStats):
+            self._tables.count(fact, t_ns, is_first=is_first)
+        elif isinstance(fact, ConntrackTable):
+            self._tables.read(fact)
+        else:
+            for key_id, packets in zip(fact.key, fact.packets, strict=True):
+                self._tables.repair(self._keys[key_id], packets, t_ns)
 
     def _count(self, drops: Drops, t_ns: int) -> None:
         tick: dict[_Entry, _Count] = {}
@@ -224,15 +235,16 @@ class Engine:
         tables = self._tables.rows(self._t_ns, self.seconds)
         rows, connections = self._rows(tables)
         window = causes.Window(self.seconds, rows, connections, tables)
+        findings = causes.findings(window, self._ignored)
         _, lost, cost = self._totals[0]
         return Snapshot(
             t_ns=self._t_ns,
             window_s=window.seconds,
             boot_to_wall_ns=self._clock.boot_to_wall_ns,
             node=self._node,
-            findings=tuple(causes.findings(window, self._ignored)),
+            findings=tuple(finding for finding in findings if self._concerns(finding)),
             namespaces=_namespaces(rows, connections),
-            owners=_owners(rows, connections, tables),
+            owners=_owners(rows, connections, tables, self._wants),
             drops=tuple(_fold_rest(rows, self._row_limit)),
             total=_drop_count(rows),
             skbs=sum(row.skbs for row in rows),
@@ -243,6 +255,13 @@ class Engine:
             narrowed=self._narrowed,
             conntrack=tables,
         )
+
+    def _wants(self, owner: Owner | None) -> bool:
+        return owner is not None and (self._keep is None or self._keep(owner))
+
+    def _concerns(self, finding: Finding) -> bool:
+        """Whether it is about owners that are wanted; its drops, where it has any, were chosen before."""
+        return bool(finding.packets) or any(map(self._wants, (*finding.victims, *finding.culprits)))
 
     def _rows(self, tables: Sequence[ConntrackRow]) -> tuple[list[DropRow], causes.Connections]:
         """All lines of the window, largest first, and a count of distinct connections in any of them.
@@ -274,14 +293,15 @@ class Engine:
         table_of = {table.netns: table for table in tables}
         ports: dict[tuple[object, ...], set[int]] = {}
         for line in lines.values():
-            ports.setdefault(_translation(line.entry.key), set()).update(line.reply_ports)
+            if line.entry.cause == causes.UNDECIDED_PORT:
+                ports.setdefault(_translation(line.entry.key), set()).update(line.reply_ports)
         rows: list[DropRow] = []
         flows: dict[int, set[_Flow]] = {}
         for line in lines.values():
             table = table_of.get(line.entry.key.netns)
-            tried = len(ports[_translation(line.entry.key)])
+            tried = len(ports.get(_translation(line.entry.key), ()))
             row = self._row(line, rate_s, causes.decide(line.entry.cause, table, tables, tried))
-            if self._keep is None or self._keep(row):
+            if self._wants(row.owner) or self._wants(row.peer):
                 rows.append(row)
                 flows[id(row)] = line.flows
 
@@ -411,12 +431,17 @@ def _cause_counts(rows: list[DropRow], connections: causes.Connections) -> tuple
 
 
 def _owners(
-    rows: list[DropRow], connections: causes.Connections, tables: Sequence[ConntrackRow]
+    rows: list[DropRow],
+    connections: causes.Connections,
+    tables: Sequence[ConntrackRow],
+    wanted: Callable[[Owner], bool] = lambda _: True,
 ) -> tuple[OwnerRow, ...]:
+    """Whoever lost packets, and with them those of the wanted that hold entries of a table."""
     groups: dict[_Identity, list[DropRow]] = {}
     for row in rows:
         groups.setdefault(row.owner.identity, []).append(row)
     is_read = any(table.entries is not None for table in tables)
+    repairs: dict[_Identity, int] = {}
     entries: dict[_Identity, int] = {}
     holders: dict[_Identity, Owner] = {}
     for table in tables:
@@ -425,8 +450,12 @@ def _owners(
                 identity = holder.owner.identity
                 holders.setdefault(identity, holder.owner)
                 entries[identity] = entries.get(identity, 0) + holder.entries
+        for repair in table.repairs:
+            identity = repair.owner.identity
+            holders.setdefault(identity, repair.owner)
+            repairs[identity] = repairs.get(identity, 0) + repair.packets
     found = []
-    for identity in [*groups, *(identity for identity in holders if identity not in groups)]:
+    for identity in [*groups, *(one for one, owner in holders.items() if one not in groups and wanted(owner))]:
         group = groups.get(identity, [])
         found.append(
             OwnerRow(
@@ -434,29 +463,33 @@ def _owners(
                 _drop_count(group),
                 sum(row.rate_pps for row in group if not row.benign),
                 _cause_counts(group, connections),
-                conntrack=_owner_conntrack(group, entries.get(identity, 0) if is_read else None) if tables else None,
+                conntrack=_owner_conntrack(
+                    group,
+                    entries.get(identity, 0) if is_read else None,
+                    repairs.get(identity, 0) if repairs else None,
+                )
+                if tables
+                else None,
             )
         )
     return tuple(sorted(found, key=lambda row: (-row.drops.packets, row.owner.label)))
 
 
-def _owner_conntrack(rows: list[DropRow], entries: int | None) -> OwnerConntrack:
+def _owner_conntrack(rows: list[DropRow], entries: int | None, repairs: int | None) -> OwnerConntrack:
     def packets(*slugs: str) -> int:
         return sum(row.packets for row in rows if row.cause in slugs)
 
     return OwnerConntrack(
         entries=entries,
-        insert_failed=sum(row.packets for row in rows if row.verdict in _INSERT_FAILED)
-        + sum(row.packets for row in rows if row.verdict == "unknown" and row.cause == "ct-snat-port-clash"),
+        insert_failed=packets("ct-snat-port-clash", "snat-port-exhaustion", "ct-insert-race-dns", "ct-chain-too-long"),
         table_full=packets("ct-table-full"),
         early_drop=None,
-        clash_resolved=None,
+        clash_resolved=repairs,
         invalid=None,
     )
 
 
 _Identity: TypeAlias = tuple[str, "str | None", str, "str | None"]
-_INSERT_FAILED = frozenset(("clash", "chain_too_long", "insert_failed"))
 
 
 def _namespaces(rows: list[DropRow], connections: causes.Connections) -> tuple[NamespaceRow, ...]:

@@ -301,6 +301,7 @@ def _drops_for(reason: str) -> list[Drop]:
         drops += [ordinary._replace(verdict=verdict) for verdict in verdicts]
         drops += [
             ordinary._replace(verdict="CLASH", protocol=UDP, dport=DNS),
+            ordinary._replace(verdict="CLASH", nat="SRC", reply_dport=1024),
             ordinary._replace(verdict="RULE", hook="FORWARD"),
             ordinary._replace(verdict="REFUSED", conntrack="CONFIRMED"),
         ]
@@ -310,7 +311,8 @@ def _drops_for(reason: str) -> list[Drop]:
 def _causes_of(reason: str) -> list[str]:
     """Slugs of all causes that a drop for that reason may have, the ordinary one first."""
     # With all counters risen, what can only be decided by them leads to the cause that they stand for.
-    slugs = (decide(cause_of(drop), _ALL_RISEN, (_ALL_RISEN,)) for drop in _drops_for(reason))
+    # A packet whose new port was taken is not the only one: ports=2.
+    slugs = (decide(cause_of(drop), _ALL_RISEN, (_ALL_RISEN,), ports=2) for drop in _drops_for(reason))
     return list(dict.fromkeys(slugs))
 
 

@@ -173,7 +173,7 @@ class DropKey(Fact, frozen=True, tag="drop_key"):
     """Addresses and ports were given up for want of room: this line stands for many flows."""
     verdict: str = ""
     """What conntrack had to do with a netfilter drop: RULE (nothing), REFUSED (no entry was allocated), CLASH,
-    CHAIN_TOO_LONG, INSERT_FAILED (the entry was dying), UNKNOWN; empty for other drops."""
+    CHAIN_TOO_LONG, INSERT_FAILED (the entry was dying), UNKNOWN; empty for other drops. No drop: CLASH_RESOLVED."""
     probed: bool = False
     """A probe on the refusing function saw it; else the CPU's own conntrack statistics told, read at the drop."""
     segment: str = ""
@@ -197,6 +197,16 @@ class Drops(Fact, frozen=True, tag="drops"):
     """Wire packets, count: a GSO buffer counts its segments."""
     bytes: tuple[int, ...]
     """skb->len."""
+
+
+class ClashesResolved(Fact, frozen=True, tag="clashes_resolved"):
+    """Races that conntrack repaired since the last tick, one column entry per DropKey: no packet was dropped.
+
+    Told by a probe on nf_ct_resolve_clash; without kprobes only ConntrackStats counts them.
+    """
+
+    key: tuple[int, ...]
+    packets: tuple[int, ...]
 
 
 class ConntrackStats(Fact, frozen=True, tag="conntrack_stats"):
@@ -293,7 +303,7 @@ class Cost(Fact, frozen=True, tag="cost"):
 
 AnyFact: TypeAlias = (
     Node | Clock | Capability | Reason | Symbol | NetnsOwner | HostPod | Link | Address
-    | DropKey | Drops | ConntrackStats | ConntrackTable | Sample | Lost | Cost
+    | DropKey | Drops | ClashesResolved | ConntrackStats | ConntrackTable | Sample | Lost | Cost
 )  # fmt: skip
 STATE_FACTS = (
     Node, Clock, Capability, Reason, Symbol, NetnsOwner, HostPod, Link, Address, ConntrackStats, ConntrackTable

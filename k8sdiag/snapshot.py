@@ -164,6 +164,13 @@ class ProtocolRow(msgspec.Struct, frozen=True):
     """Mean of the seconds that the entries have left."""
 
 
+class RepairRow(msgspec.Struct, frozen=True):
+    """An owner's packets that raced for a connection and lived on."""
+
+    owner: Owner
+    packets: int
+
+
 class ConntrackRow(msgspec.Struct, frozen=True):
     """The connection table of one network namespace: gauges at the end of the window, counts within it."""
 
@@ -202,6 +209,8 @@ class ConntrackRow(msgspec.Struct, frozen=True):
     holders: tuple[HolderRow, ...] = ()
     """Largest first; what nobody known opened is the row of an owner of kind "external" or "unknown"."""
     protocols: tuple[ProtocolRow, ...] = ()
+    repairs: tuple[RepairRow, ...] = ()
+    """Whose clashes were resolved in the window, where a probe sees them."""
 
     @property
     def refused(self) -> int:

@@ -31,6 +31,7 @@ from k8sdiag.facts import (
     Address,
     AnyFact,
     Capability,
+    ClashesResolved,
     Clock,
     ConntrackStats,
     ConntrackTable,
@@ -122,9 +123,9 @@ class TraceWriter:
                 self._stated.add(fact.id)
             elif isinstance(fact, STATE_FACTS):
                 self._state[_state_key(fact)] = fact
-            elif isinstance(fact, (Drops, Sample)):
+            elif isinstance(fact, (Drops, ClashesResolved, Sample)):
                 # Keys are many: after a checkpoint each is said again when it is next used.
-                for key_id in fact.key if isinstance(fact, Drops) else (fact.key,):
+                for key_id in (fact.key,) if isinstance(fact, Sample) else fact.key:
                     if key_id not in self._stated and key_id in self._keys:
                         self._stated.add(key_id)
                         self._line(self._keys[key_id])
@@ -247,6 +248,8 @@ class TraceSource:
                     return False
                 lengths = {len(fact.key), len(fact.skbs), len(fact.packets), len(fact.bytes)}
                 return len(lengths) == 1 and self._keys.issuperset(fact.key)
+            case ClashesResolved():
+                return len(fact.key) == len(fact.packets) and self._keys.issuperset(fact.key)
             case _:
                 return True
 

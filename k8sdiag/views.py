@@ -635,7 +635,7 @@ def owner_groups(snapshot: Snapshot, state: ViewState) -> list[OwnerGroup]:
         owners = [row for row in snapshot.owners if _in_namespaces(row.owner, state)]
     groups: dict[tuple[str, Hashable], list[OwnerRow]] = {}
     for row in owners:
-        if row.drops.packets or state.all_drops:
+        if row.drops.packets or (state.all_drops and row.drops.benign_packets):
             groups.setdefault(_group_of(row.owner, state.grouping), []).append(row)
     found = [_owner_group(name, rows) for (name, _), rows in groups.items()]
     return sorted(found, key=lambda group: (-group.drops.packets, group.name))

@@ -92,6 +92,29 @@ INLINE int read_socket(struct drop_key *key, u64 sk)
 	return 1;
 }
 
+/* The namespace by the device, else by the socket, the route or the connection. Which one it is (inode, cookie)
+ * is read only where the key is not counted yet in this turn. */
+INLINE void fill_netns(struct drop_key *key, u64 at, struct skb_view *skb, u64 dev, u64 rx_sk)
+{
+	u64 sk = 0, out = 0, net = 0, dst = SKB(skb, u64, _skb_refdst) & ~1ull, ct = SKB(skb, u64, _nfct) & ~7ull;
+	key->net = 0;
+	key->ifindex = key->netns_from = 0;
+	if (read_device(key, dev, NETNS_FROM_DEVICE))
+		return;
+	if (key->family == 0 || read_socket(key, rx_sk))
+		return;
+	if (!READ(&sk, at + OFF_sk_buff_sk) && read_socket(key, sk))
+		return;
+	if (dst && !READ(&out, dst + OFF_dst_entry_dev) && read_device(key, out, NETNS_FROM_ROUTE))
+		return;
+#ifdef OFF_nf_conn_ct_net_net
+	if (ct && !READ(&net, ct + OFF_nf_conn_ct_net_net) && is_kernel_address(net)) {
+		key->net = net;
+		key->netns_from = NETNS_FROM_CONNTRACK;
+	}
+#endif
+}
+
 INLINE u16 be16(const u8 *at)
 {
 	return (u16)at[0] << 8 | at[1];

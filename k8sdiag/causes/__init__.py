@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from k8sdiag.causes import conntrack, node, policy, routing, sockets
 from k8sdiag.causes.benign import BENIGN, is_benign
 from k8sdiag.causes.cause import Case, Cause, Connections, Drop, Severities, Window
-from k8sdiag.causes.conntrack import decide
+from k8sdiag.causes.conntrack import UNDECIDED_PORT, decide
 from k8sdiag.facts import Confidence
 from k8sdiag.snapshot import ConntrackRow, DropRow, Evidence, Finding, Owner
 
@@ -20,6 +20,7 @@ __all__ = [
     "ALL",
     "BENIGN",
     "BY_SLUG",
+    "UNDECIDED_PORT",
     "UNEXPLAINED",
     "Case",
     "Cause",
@@ -144,12 +145,13 @@ def _finding_without_drops(
 ) -> Finding:
     noticed = [one for table in tables if (one := cause.notices(table, window.seconds)) is not None]
     worst = min(noticed, key=lambda one: _SEVERITIES.index(one.severity))
-    victims = {table.owner.identity: table.owner for table in tables}.values()
+    concerned = [owner for one in noticed for owner in one.concerned]
+    victims = {owner.identity: owner for owner in concerned or [table.owner for table in tables]}.values()
     case = Case((), tables, window.seconds)
     return Finding(
         cause=cause.slug,
         severity=worst.severity,
-        confidence="likely",  # counters alone: they name no packet
+        confidence="proven" if concerned else "likely",  # counters alone name no packet
         ignored=all(ignored(cause.slug, owner) for owner in victims),
         title=worst.title,
         victims=tuple(victims),

@@ -81,6 +81,8 @@ class Noticed(NamedTuple):
 
     severity: Severity
     title: str
+    concerned: tuple[Owner, ...] = ()
+    """Whose packets a probe saw; empty where only the table's own statistics tell."""
 
 
 class Severities(NamedTuple):

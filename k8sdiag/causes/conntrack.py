@@ -361,7 +361,8 @@ def _notices_pressure(table: ConntrackRow, seconds: float) -> Noticed | None:
 def _notices_repair(table: ConntrackRow, _seconds: float) -> Noticed | None:
     if not table.clash_resolved:
         return None
-    return Noticed("info", "packets raced for one conntrack entry; repaired, no loss")
+    owners = tuple(row.owner for row in table.repairs)
+    return Noticed("info", "packets raced for one conntrack entry; repaired, no loss", owners)
 
 
 # ----------------------------------------------------------------------------------------------------

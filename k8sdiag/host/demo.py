@@ -12,6 +12,7 @@ FAULTS = (
     ("billing/db-0", "udp-rcvbuf", 31),
     ("billing/api-59c7b6f4d-k9qzt", "rp-filter", 11),
     ("monitoring/agent-4xk2p", "tc-ingress", 13),
+    ("payments/ledger-0", "snat-clash", 7),
 )
 """Pod, fault of the lab, packets each time round."""
 

@@ -268,8 +268,8 @@ def _drops(symbols: KernelSymbols, vmlinux: Btf | None, root: Path) -> Iterator[
             yield _counted(fact, seen, ready_s)
     yield _sampled(seen)
     for fact in said:
-        if isinstance(fact, Capability) and fact.signal == "conntrack-state":
-            yield _conntrack_state(fact)
+        if isinstance(fact, Capability) and fact.signal in _CONNTRACK_BLINDS:
+            yield _conntrack(fact)
     yield _losses(vmlinux)
 
 
@@ -312,13 +312,18 @@ def _sampled(seen: _Seen | str) -> Row:
     )
 
 
-def _conntrack_state(capability: Capability) -> Row:
-    if capability.status == "full":
-        return Row("conntrack-state", "full", False, capability.hook)
-    blinds = "whether a dropped packet's connection was new or confirmed"
-    return Row(
-        "conntrack-state", capability.status, False, capability.hook, capability.why, blinds, "modprobe nf_conntrack"
-    )
+_CONNTRACK_BLINDS = {
+    "conntrack-state": "whether a dropped packet's connection was new or confirmed",
+    "conntrack": "proof that conntrack refused a packet, and whose clashes it resolved",
+}
+
+
+def _conntrack(capability: Capability) -> Row:
+    signal, status, hook = capability.signal, capability.status, capability.hook
+    if status == "full":
+        return Row(signal, "full", False, hook)
+    remedy = "" if status == "inferred" else "modprobe nf_conntrack, then start k8sdiag anew"
+    return Row(signal, status, False, hook, capability.why, _CONNTRACK_BLINDS[signal], remedy)
 
 
 def _losses(vmlinux: Btf | None) -> Row:
@@ -407,9 +412,10 @@ def _tracefs(root: Path) -> Row:
     )  # fmt: skip
 
 
-_BY_FUNCTION_HOOK = (
-    "failed conntrack inserts and full tables as single events: inferred from drops and conntrack statistics"
-)
+_BY_FUNCTION_HOOK = "proof of conntrack refusals: they are inferred from drops and the CPU's conntrack statistics"
+
+
+_UNUSED_HOOK = "nothing yet: conntrack's functions are probed by kprobes alone"
 
 
 def _kprobes(root: Path) -> Row:
@@ -434,9 +440,7 @@ def _fentry(vmlinux: Btf | None, root: Path) -> Row:
         remedy = _more_rights(root, sorted(lacking))
     hook = "BPF_PROG_TYPE_TRACING"
     if not type_id:
-        return Row(
-            "fentry", "missing", False, hook, "no type information of kernel functions", _BY_FUNCTION_HOOK, remedy
-        )
+        return Row("fentry", "missing", False, hook, "no type information of kernel functions", _UNUSED_HOOK, remedy)
     instructions = ctypes.create_string_buffer(bytes.fromhex("b7000000000000009500000000000000"), 16)  # return 0
     licence = ctypes.create_string_buffer(b"GPL")
     attributes = struct.pack(
@@ -447,7 +451,7 @@ def _fentry(vmlinux: Btf | None, root: Path) -> Row:
     try:
         program, _ = bpf(_PROG_LOAD, attributes)
     except OSError as error:
-        return Row("fentry", "missing", False, hook, f"refused: {error.strerror}", _BY_FUNCTION_HOOK, remedy)
+        return Row("fentry", "missing", False, hook, f"refused: {error.strerror}", _UNUSED_HOOK, remedy)
     os.close(program)
     return Row("fentry", "full", False, hook)
 

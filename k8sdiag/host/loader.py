@@ -277,7 +277,7 @@ def load(probes: Path, probe: str, defines: list[str]) -> Loaded:
     for name in sorted(tables):
         with contextlib.suppress(KeyError):  # not compiled in on this kernel
             maps[name] = module[name].map_fd
-    kprobes = []
+    kprobes: list[tuple[str, bool]] = []
     for name, function, at_return in KPROBES if with_kprobes else ():
         try:
             programs.append(module.load_func(name, bcc.BPF.KPROBE).fd)
@@ -293,6 +293,7 @@ PROGRAMS = {"drops": "kfree_skb", "walk": "kmem_cache_alloc"}
 KPROBES = (
     ("on_confirm", "__nf_conntrack_confirm", False),
     ("on_confirmed", "__nf_conntrack_confirm", True),
+    ("on_clash", "nf_ct_resolve_clash", False),
     ("on_clash_over", "nf_ct_resolve_clash", True),
     ("on_evicted", "early_drop", True),
 )

@@ -111,6 +111,8 @@ class Verdict(IntEnum):
     """`insert_failed` alone: the entry was being deleted."""
     UNKNOWN = 6
     """More than one step: events were missed in between, or the namespace was never looked at."""
+    CLASH_RESOLVED = 7
+    """No drop: two packets of one flow met, and conntrack made one connection of them."""
 
 
 class Nat(IntEnum):
@@ -257,7 +259,7 @@ ENUMS = (Hook, Verdict, Conntrack, Nat, Segment, NetnsFrom, Loss)
 
 SAMPLE_PAGES = 32
 """Size of the ring buffer; a power of two."""
-FLOWS_MAX, FLOWS_MIN, DROPS_MAX = 8192, 1024, 4096
+FLOWS_MAX, FLOWS_MIN, DROPS_MAX, REPAIRS_MAX = 8192, 1024, 4096, 512
 MAP_BYTES_MAX = 16 << 20
 """The flow maps shrink where many possible CPUs would make them bigger than this."""
 
@@ -265,7 +267,7 @@ MAP_BYTES_MAX = 16 << 20
 def map_sizes(cpus: int) -> dict[str, int]:
     """Entries of the maps, as the probe is compiled for a machine with so many possible CPUs."""
     flows = max(FLOWS_MIN, min(FLOWS_MAX, MAP_BYTES_MAX // (TALLY.size * cpus)))
-    return {"FLOWS": flows, "DROPS": DROPS_MAX, "SAMPLE_PAGES": SAMPLE_PAGES}
+    return {"FLOWS": flows, "DROPS": DROPS_MAX, "REPAIRS": REPAIRS_MAX, "SAMPLE_PAGES": SAMPLE_PAGES}
 
 
 def map_bytes(cpus: int) -> int:
@@ -273,7 +275,8 @@ def map_bytes(cpus: int) -> int:
     sizes = map_sizes(cpus)
     flow, drop = FLOW_KEY.size + TALLY.size * cpus, DROP_KEY.size + TALLY.size * cpus
     slots = SLOTS * (FLOW_KEY.size + TALLY.size) * cpus
-    return 2 * (sizes["FLOWS"] * flow + sizes["DROPS"] * drop + slots)
+    seen = NAMESPACES_SEEN * (4 + CONNTRACK_SEEN.size * cpus)
+    return 2 * (sizes["FLOWS"] * flow + sizes["DROPS"] * drop + slots) + seen
 
 
 def c_header() -> str:

@@ -6,7 +6,17 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from k8sdiag.causes import BENIGN, BY_SLUG, Drop, Window, cause_of, confidence_of, decide, findings
+from k8sdiag.causes import (
+    BENIGN,
+    BY_SLUG,
+    UNDECIDED_PORT,
+    Drop,
+    Window,
+    cause_of,
+    confidence_of,
+    decide,
+    findings,
+)
 from k8sdiag.causes.conntrack import CAUSES, SLUGS
 from k8sdiag.snapshot import ConntrackRow, DropRow, Finding, HolderRow, Owner, RuledOut, Tuple
 
@@ -188,10 +198,68 @@ def test_a_rule_that_drops_what_has_no_entry_drops_invalid_if_there_was_some(
         assert cause(drop._replace(conntrack=state), MEETING_INVALID) == "networkpolicy-drop"
 
 
+# Of a clash at a port that translation had chosen, the other clashes tell whether there was a free one.
+
+CHANGED = NEW._replace(verdict="CLASH", reply_dport=1024)
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        CHANGED,
+        CHANGED._replace(nat="BOTH"),
+        CHANGED._replace(hook="LOCAL_IN"),
+        CHANGED._replace(reason=""),
+        CHANGED._replace(probed=True),
+        CHANGED._replace(protocol=UDP, segment="", dport=53),
+        CHANGED._replace(family=10, src="fd00::6", dst="fd00::1"),
+    ],
+)
+@pytest.mark.parametrize("here", [None, QUIET, REFUSING, CLASHING])
+def test_clashes_at_one_changed_port_are_a_clash_and_at_several_are_exhaustion(
+    drop: Drop, here: ConntrackRow | None
+) -> None:
+    first = cause_of(drop)
+    assert first == UNDECIDED_PORT
+    tables = [here] if here else []
+    assert decide(first, here, tables) == "ct-snat-port-clash"
+    assert decide(first, here, tables, ports=1) == "ct-snat-port-clash"
+    for ports in (2, 64_512):
+        assert decide(first, here, tables, ports=ports) == "snat-port-exhaustion"
+
+
+@pytest.mark.parametrize(
+    ("drop", "slug"),
+    [
+        (CHANGED._replace(reply_dport=40000), "ct-snat-port-clash"),  # the port it was sent with
+        (CHANGED._replace(nat=""), "ct-snat-port-clash"),
+        (CHANGED._replace(nat="DST"), "ct-snat-port-clash"),
+        (CHANGED._replace(verdict="INSERT_FAILED"), "ct-snat-port-clash"),
+        (CHANGED._replace(verdict="CHAIN_TOO_LONG"), "ct-chain-too-long"),
+        (CHANGED._replace(verdict="REFUSED", conntrack=""), "ct-table-full"),
+        (CHANGED._replace(verdict="RULE"), "networkpolicy-drop"),
+        (CHANGED._replace(location="nft_do_chain"), "networkpolicy-drop"),
+        (QUERY._replace(verdict="CLASH", nat="BOTH"), "ct-insert-race-dns"),
+    ],
+)
+def test_without_a_clash_at_a_changed_port_it_does_not_matter_how_many_there_were(drop: Drop, slug: str) -> None:
+    assert cause_of(drop) != UNDECIDED_PORT
+    assert decide(cause_of(drop), CLASHING, [CLASHING], ports=9) == slug
+
+
+@pytest.mark.parametrize("ports", [1, 2])
+@pytest.mark.parametrize(("probed", "confidence"), [(False, "likely"), (True, "proven")])
+def test_a_clash_at_a_changed_port_is_as_sure_as_its_verdict(ports: int, probed: bool, confidence: str) -> None:
+    first = cause_of(CHANGED)
+    slug = decide(first, QUIET, [QUIET], ports=ports)
+    assert confidence_of(slug, first, CHANGED.verdict, probed=probed, reason=CHANGED.reason) == confidence
+
+
 @pytest.mark.parametrize("slug", [BENIGN, *BY_SLUG])
 def test_what_is_decided_stays_as_it_is(slug: str) -> None:
     for here in (None, QUIET, REFUSING, CLASHING, MEETING_INVALID):
-        assert decide(slug, here, [REFUSING, CLASHING, MEETING_INVALID]) == slug
+        for ports in (1, 2):
+            assert decide(slug, here, [REFUSING, CLASHING, MEETING_INVALID], ports=ports) == slug
 
 
 # ----------------------------------------------------------------------------------------------------

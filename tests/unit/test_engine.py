@@ -18,7 +18,10 @@ from k8sdiag.facts import (
     Address,
     AnyFact,
     Capability,
+    ClashesResolved,
     Clock,
+    ConntrackStats,
+    ConntrackTable,
     Cost,
     DropKey,
     Drops,
@@ -31,7 +34,7 @@ from k8sdiag.facts import (
     Sample,
     Symbol,
 )
-from k8sdiag.snapshot import DropRow, Snapshot
+from k8sdiag.snapshot import DropRow, OwnerConntrack, Snapshot, Tuple
 from k8sdiag.source import Batch
 
 S = 10**9
@@ -45,11 +48,12 @@ REASONS = {
     16: "IP_RPFILTER",
     6: "SOCKET_RCVBUFF",
 }
-UDP_RCV, NFT, IP_RCV = 0xFFFFFFFF81000010, 0xFFFFFFFF81000020, 0xFFFFFFFF81000030
+UDP_RCV, NFT, IP_RCV, SLOW = 0xFFFFFFFF81000010, 0xFFFFFFFF81000020, 0xFFFFFFFF81000030, 0xFFFFFFFF81000040
 NAMES: tuple[AnyFact, ...] = (
     NODE,
     *(Reason(number, name) for number, name in REASONS.items()),
     Symbol(UDP_RCV, "__udp4_lib_rcv"), Symbol(NFT, "nft_do_chain"), Symbol(IP_RCV, "ip_rcv_finish_core"),
+    Symbol(SLOW, "nf_hook_slow"),
 )  # fmt: skip
 
 
@@ -92,13 +96,13 @@ keys = st.builds(
     DropKey,
     id=st.just(0),
     reason=st.sampled_from([0, 77, 0x20003, *REASONS]),
-    location=st.sampled_from([UDP_RCV, NFT, IP_RCV, 0xFFFFFFFF81000099]),
+    location=st.sampled_from([UDP_RCV, NFT, IP_RCV, SLOW, 0xFFFFFFFF81000099]),
     netns=st.sampled_from([0, HOST, CART, SHOP, OTHER, STRANGER]),
     netns_cookie=st.sampled_from([0, 0, 5]),
     netns_from=st.sampled_from(["DEVICE", "SOCKET", "ROUTE", "CONNTRACK"]),
     ifindex=st.sampled_from([0, 2, 7]),
     iif=st.sampled_from([0, 7]),
-    hook=st.sampled_from(["", "FORWARD", "LOCAL_IN", "UNKNOWN"]),
+    hook=st.sampled_from(["", "FORWARD", "LOCAL_IN", "UNKNOWN", "POST_ROUTING"]),
     conntrack=st.sampled_from(["", "NEW", "CONFIRMED"]),
     family=st.sampled_from([2, 2, 2, 10, 0]),
     protocol=st.sampled_from([17, 6, 1, 250]),
@@ -107,12 +111,23 @@ keys = st.builds(
     sport=st.sampled_from([0, 40000, 40001, 40002]),
     dport=st.sampled_from([0, 9, 53]),
     folded=st.booleans(),
+    verdict=st.sampled_from(["", "RULE", "REFUSED", "CLASH", "CHAIN_TOO_LONG", "INSERT_FAILED", "UNKNOWN"]),
+    probed=st.booleans(),
+    segment=st.sampled_from(["", "SYN", "RST", "OTHER"]),
+    nat=st.sampled_from(["", "SRC", "DST", "BOTH"]),
+    reply_src=st.sampled_from(["", "10.244.1.6", "203.0.113.9"]),
+    reply_dst=st.sampled_from(["", "192.0.2.10"]),
+    reply_sport=st.sampled_from([0, 53]),
+    reply_dport=st.sampled_from([0, 40000, 1024]),
 )
 counts = st.tuples(st.integers(0, 9), st.integers(1, 1000), st.integers(1, 5000), st.integers(0, 10**6))
 late = st.sampled_from([
     pod(STRANGER, "dev", "late"), pod(CART, "prod", "cart-renamed", 1), HostPod("uid-proxy", "kube-proxy"),
     Address(STRANGER, "203.0.113.9"), Lost(events=3), Capability("drops", "full"), Clock(5), Cost(0.5),
     Address(CART, "10.244.1.5", 0, 0, 2 * S),
+    ConntrackStats(HOST, 0, 50, 60, drop=9, early_drop=2), ConntrackStats(CART, 0, 4, insert_failed=5, drop=5),
+    ConntrackStats(HOST, 0, 60, 60, drop=19, insert_failed=3, early_drop=2, clash_resolved=7, invalid=3),
+    ConntrackTable(HOST, S, 0, 5, (0,), ("10.244.1.5",), ("203.0.113.9",), (17,), ("",), (5,), (5,), (90,)),
 ])  # fmt: skip
 
 
@@ -489,7 +504,245 @@ def test_samples_are_kept_up_to_a_limit_newest_first_to_stay() -> None:
 def test_what_is_kept_narrows_rows_findings_and_sums_alike() -> None:
     other = msgspec.structs.replace(closed_port(2, OTHER), dst="10.244.2.7")
     facts = closed_port(1), other, drops((1, 40), (2, 30))
-    engine = Engine(keep=lambda row: row.owner.namespace == "dev")
+    engine = Engine(keep=lambda owner: owner.namespace == "dev")
     snapshot = folded([at(0, *NAMES, *PODS), at(1, *facts)], engine).snapshot()
     check_sums(snapshot, (30, 30, 3000))
     assert [row.namespace for row in snapshot.namespaces] == ["dev"]
+
+
+# Connection tracking
+
+SERVICE, OUTSIDE = "10.96.0.10", "203.0.113.9"
+
+
+def clash(number: int, **more: object) -> DropKey:
+    """A SYN of the cart to a service, with a source port that was taken when the node had translated it."""
+    fields: dict[str, object] = {
+        "hook": "POST_ROUTING", "conntrack": "NEW", "family": 2, "protocol": 6, "src": "10.244.1.5", "dst": SERVICE,
+        "sport": 40000, "dport": 443, "verdict": "CLASH", "segment": "SYN", "nat": "BOTH", "iif": 7,
+        "reply_src": "10.244.1.6", "reply_dst": "192.0.2.10", "reply_sport": 8443, "reply_dport": 40000, **more,
+    }  # fmt: skip
+    return DropKey(number, 12, SLOW, HOST, **fields)  # type: ignore[arg-type]
+
+
+def refused(number: int, src: str = "10.244.1.5", iif: int = 7, **more: object) -> DropKey:
+    """A SYN for which no entry was allocated."""
+    fields: dict[str, object] = {
+        "hook": "PRE_ROUTING", "family": 2, "protocol": 6, "src": src, "dst": OUTSIDE, "sport": 40000, "dport": 443,
+        "verdict": "REFUSED", "segment": "SYN", "ifindex": iif, "iif": iif, **more,
+    }  # fmt: skip
+    return DropKey(number, 12, SLOW, HOST, **fields)  # type: ignore[arg-type]
+
+
+def seen(*facts: AnyFact, engine: Engine | None = None) -> Snapshot:
+    return folded([at(0, *NAMES, *PODS), at(10, *facts)], engine).snapshot()
+
+
+def test_a_translated_packet_shows_how_it_was_sent_and_how_its_reply_would_travel() -> None:
+    (row,) = seen(clash(1), drops((1, 4))).drops
+    assert (row.owner.label, row.direction) == ("prod/cart", "forward")
+    assert row.peer is not None
+    assert row.peer.label == "prod/shop"
+    assert (row.src, row.sport, row.dst, row.dport) == ("10.244.1.5", 40000, SERVICE, 443)
+    assert row.reply == Tuple("10.244.1.6", "192.0.2.10", 8443, 40000)
+    assert (row.service, row.nat, row.segment, row.verdict) == (f"{SERVICE}:443", "both", "syn", "clash")
+    assert (row.cause, row.confidence, row.conntrack, row.hook) == (
+        "ct-snat-port-clash",
+        "likely",
+        "new",
+        "POST_ROUTING",
+    )  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("nat", "dst", "service"),
+    [("DST", SERVICE, f"{SERVICE}:443"), ("BOTH", "fd00::a", "[fd00::a]:443"), ("SRC", SERVICE, None), ("", SERVICE, None)],
+)  # fmt: skip
+def test_only_an_address_that_leads_elsewhere_is_a_service(nat: str, dst: str, service: str | None) -> None:
+    (row,) = seen(clash(1, nat=nat, dst=dst), drops((1, 4))).drops
+    assert (row.service, row.nat) == (service, nat.lower() or None)
+
+
+def test_a_packet_that_is_not_translated_has_no_reply_of_its_own() -> None:
+    plain = {"nat": "", "reply_src": "", "reply_dst": "", "reply_sport": 0, "reply_dport": 0}
+    (row,) = seen(clash(1, **plain, verdict="RULE", segment=""), drops((1, 4))).drops
+    assert (row.reply, row.service, row.nat, row.segment, row.verdict) == (None, None, None, None, "rule")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "probed", "cause", "confidence"),
+    [
+        ("CLASH", False, "ct-snat-port-clash", "likely"), ("CLASH", True, "ct-snat-port-clash", "proven"),
+        ("CHAIN_TOO_LONG", True, "ct-chain-too-long", "proven"),
+        ("INSERT_FAILED", False, "ct-snat-port-clash", "possible"), ("RULE", False, "networkpolicy-drop", "likely"),
+    ],
+)  # fmt: skip
+def test_a_row_says_how_sure_its_cause_is(verdict: str, probed: bool, cause: str, confidence: str) -> None:
+    (row,) = seen(clash(1, verdict=verdict, probed=probed), drops((1, 4))).drops
+    assert (row.cause, row.confidence) == (cause, confidence)
+
+
+def test_drops_that_were_told_in_different_ways_are_different_rows() -> None:
+    differ: list[dict[str, object]] = [
+        {}, {"verdict": "UNKNOWN"}, {"probed": True}, {"segment": "OTHER"}, {"nat": "SRC"}, {"reply_src": "10.244.2.7"},
+        {"reply_dst": "192.0.2.11"}, {"reply_sport": 8444},
+    ]  # fmt: skip
+    keys = [clash(number, **more) for number, more in enumerate(differ)]
+    rows = seen(*keys, drops(*((key.id, 1) for key in keys))).drops
+    assert len(rows) == len(differ)
+
+
+def test_ports_in_use_outside_are_one_row_and_the_reply_tells_the_port_where_it_is_one() -> None:
+    same = [clash(number, sport=40000 + number, reply_dport=40000 + number) for number in range(3)]
+    (row,) = seen(*same, drops((0, 1), (1, 1), (2, 1))).drops
+    assert (row.flows, row.sport, row.cause) == (3, None, "ct-snat-port-clash")
+    assert row.reply == Tuple("10.244.1.6", "192.0.2.10", 8443, 0)
+
+
+def test_clashes_at_several_changed_ports_towards_one_socket_are_exhaustion() -> None:
+    def causes_of(*keys: DropKey) -> list[str]:
+        counted = [msgspec.structs.replace(key, id=number) for number, key in enumerate(keys)]
+        return sorted(row.cause for row in seen(*counted, drops(*((key.id, 1) for key in counted))).drops)
+
+    one, two = clash(1, reply_dport=1024), clash(2, sport=40001, reply_dport=1025)
+    assert causes_of(one, two) == ["snat-port-exhaustion"]
+    assert causes_of(one, msgspec.structs.replace(two, reply_dport=1024)) == ["ct-snat-port-clash"]
+    # of another pod, towards the same socket
+    shop = msgspec.structs.replace(two, src="10.244.2.7", iif=0)
+    assert causes_of(one, shop) == ["snat-port-exhaustion"] * 2
+    # one port each towards two sockets, from two addresses, in two namespaces, of two protocols
+    for other in ({"reply_src": OUTSIDE}, {"reply_sport": 80}, {"reply_dst": "192.0.2.11"}, {"netns": OTHER},
+                  {"protocol": 17}):  # fmt: skip
+        assert causes_of(one, msgspec.structs.replace(two, **other)) == ["ct-snat-port-clash"] * 2  # type: ignore[arg-type]
+    # a port that was kept is no search that ended at a taken one
+    assert causes_of(one, clash(2, sport=40001, reply_dport=40001)) == ["ct-snat-port-clash"] * 2
+    rows = seen(one, two, drops((1, 1), (2, 1))).drops
+    assert [row.confidence for row in rows] == ["likely"]
+
+
+def test_what_only_the_statistics_can_tell_is_decided_anew_in_each_snapshot() -> None:
+    unknown = refused(1, verdict="UNKNOWN")
+    engine = Engine(10)
+    folded([at(0, *NAMES, *PODS, unknown), at(1, ConntrackStats(HOST, 0, 9, drop=50))], engine)
+
+    def causes_of() -> list[tuple[str, str]]:
+        return [(row.cause, row.confidence) for row in engine.snapshot().drops]
+
+    engine.fold(at(12, drops((1, 7))))  # the refusals have left the window
+    assert causes_of() == [("networkpolicy-drop", "likely")]
+    engine.fold(at(13, ConntrackStats(HOST, 0, 9, drop=57)))
+    assert causes_of() == [("ct-table-full", "possible")]
+    assert [finding.cause for finding in engine.snapshot().findings] == ["ct-table-full"]
+    # those of another namespace do not count
+    engine.zero()
+    engine.fold(at(14, drops((1, 7)), ConntrackStats(CART, 0, 9, drop=57)))
+    assert causes_of() == [("networkpolicy-drop", "likely")]
+
+
+TABLE = ConntrackTable(
+    HOST, 9 * S, 0, 111, (0, 0, 0, 0), ("10.244.2.7", "10.244.1.5", OUTSIDE, ""),
+    ("10.244.1.6", "10.244.1.6", "192.0.2.10", ""), (6, 6, 6, 17), ("ESTABLISHED", "SYN_SENT", "ESTABLISHED", ""),
+    (100, 8, 2, 1), (0, 8, 0, 1), (9, 9, 9, 9),
+)  # fmt: skip
+FULL = ConntrackStats(HOST, 0, 111, 111, drop=10, insert_failed=6, early_drop=3)
+
+
+def conntrack_of(snapshot: Snapshot) -> dict[str, OwnerConntrack | None]:
+    return {row.owner.label: row.conntrack for row in snapshot.owners}
+
+
+def test_an_owners_failures_are_those_of_its_own_packets_and_its_entries_those_it_opened() -> None:
+    snapshot = seen(
+        FULL, TABLE, clash(1), clash(2, verdict="CHAIN_TOO_LONG"), clash(3, verdict="INSERT_FAILED"),
+        clash(4, protocol=17, dport=53, segment=""), clash(5, verdict="UNKNOWN"), refused(6),
+        clash(7, reply_dport=1024, sport=5), clash(8, reply_dport=1025, sport=6), refused(9, verdict="RULE"),
+        clash(10, verdict="UNKNOWN", protocol=17, dport=53, segment=""),
+        drops((1, 2), (2, 3), (3, 5), (4, 7), (5, 11), (6, 13), (7, 17), (8, 19), (9, 23), (10, 29)),
+    )  # fmt: skip
+    assert conntrack_of(snapshot) == {
+        "prod/cart": OwnerConntrack(8, 2 + 3 + 5 + 7 + 11 + 17 + 19 + 29, 13, None, None, None),
+        "dev/other": OwnerConntrack(100, 0, 0, None, None, None),
+        # the target of all that opened nothing itself, and the node
+        "prod/shop": OwnerConntrack(0, 0, 0, None, None, None),
+        "node-1": OwnerConntrack(0, 0, 0, None, None, None),
+    }
+    assert [row.drops.packets for row in snapshot.owners] == [129, 0, 0, 0]
+
+
+def test_what_a_rule_dropped_is_no_failure_of_conntrack_whatever_was_counted_meanwhile() -> None:
+    behind_a_rule = msgspec.structs.replace(clash(1), location=NFT)
+    snapshot = seen(ConntrackStats(HOST, 0, 9), behind_a_rule, drops((1, 5)))
+    assert [row.cause for row in snapshot.drops] == ["networkpolicy-drop"]
+    assert conntrack_of(snapshot) == {"prod/cart": OwnerConntrack(None, 0, 0, None, None, None)}
+
+
+def test_without_statistics_nothing_is_said_of_an_owners_connections() -> None:
+    assert conntrack_of(seen(clash(1), drops((1, 5)))) == {"prod/cart": None}
+    assert conntrack_of(seen(clash(1), drops((1, 5)), ConntrackStats(HOST, 0, 9))) == {
+        "prod/cart": OwnerConntrack(None, 5, 0, None, None, None)
+    }
+
+
+def test_repaired_races_are_their_owners_and_no_drops() -> None:
+    race = clash(1, verdict="CLASH_RESOLVED", probed=True, protocol=17, dport=53)
+    stats = ConntrackStats(HOST, 0, 9, clash_resolved=6)
+    snapshot = folded(
+        [at(0, *NAMES, *PODS), at(5, race, ClashesResolved((1,), (4,)), stats), at(6, ClashesResolved((1,), (2,)))]
+    ).snapshot()
+    assert (snapshot.drops, snapshot.total.packets) == ((), 0)
+    (table,) = snapshot.conntrack
+    assert [(row.owner.label, row.packets) for row in table.repairs] == [("prod/cart", 6)]
+    (owner,) = snapshot.owners
+    assert owner.conntrack is not None
+    assert (owner.owner.label, owner.conntrack.clash_resolved) == ("prod/cart", 6)
+
+
+def test_a_full_table_has_victims_and_culprits_on_one_finding() -> None:
+    (finding,) = [one for one in seen(FULL, TABLE, refused(1), drops((1, 4))).findings if one.packets]
+    assert finding.cause == "ct-table-full"
+    assert [owner.label for owner in finding.victims] == ["prod/cart"]
+    assert [owner.label for owner in finding.culprits] == ["dev/other"]
+
+
+# Narrowing
+
+
+def narrowed(namespace: str, *facts: AnyFact) -> Snapshot:
+    engine = Engine(keep=lambda owner: owner.namespace == namespace, narrowed=f"namespace {namespace}")
+    return seen(*facts, engine=engine)
+
+
+PRESSED = ConntrackStats(HOST, 0, 111, 111, early_drop=50, clash_resolved=9)
+
+
+def test_what_statistics_tell_of_the_nodes_table_is_not_a_narrowed_namespaces_business() -> None:
+    assert {one.cause for one in seen(PRESSED, TABLE).findings} == {"ct-pressure-early-drop", "ct-insert-race-dns"}
+    assert narrowed("prod", PRESSED, TABLE).findings == ()
+    # unless somebody of it fills the table
+    (finding,) = narrowed("dev", PRESSED, TABLE).findings
+    assert finding.cause == "ct-pressure-early-drop"
+    assert [owner.label for owner in finding.culprits] == ["dev/other"]
+
+
+def test_what_statistics_tell_of_a_pods_own_table_is_that_of_its_namespace() -> None:
+    own = msgspec.structs.replace(PRESSED, netns=CART)
+    assert {one.cause for one in narrowed("prod", own).findings} == {"ct-pressure-early-drop", "ct-insert-race-dns"}
+    assert narrowed("dev", own).findings == ()
+
+
+def test_drops_are_kept_with_their_findings_for_either_end() -> None:
+    for namespace in ("prod", "dev"):  # the shop's and the other's
+        key = msgspec.structs.replace(closed_port(1, SHOP), src="10.244.2.7", dst="10.244.1.6")
+        snapshot = narrowed(namespace, key, drops((1, 4)))
+        assert [finding.victims[0].label for finding in snapshot.findings] == ["prod/shop"]
+        check_sums(snapshot, (4, 4, 400))
+    assert narrowed("shop", key, drops((1, 4))).drops == ()
+
+
+def test_who_holds_entries_is_an_owner_only_where_it_is_wanted_but_the_table_stays_whole() -> None:
+    everybody = seen(FULL, TABLE)
+    assert set(conntrack_of(everybody)) == {"dev/other", "prod/cart", "prod/shop", "node-1"}
+    prod = narrowed("prod", FULL, TABLE)
+    assert set(conntrack_of(prod)) == {"prod/cart", "prod/shop"}
+    assert prod.conntrack == everybody.conntrack
+    assert prod.namespaces == ()

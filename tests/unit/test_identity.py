@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from msgspec.structs import replace
 
 from k8sdiag.facts import (
     REMEMBERED_NS,
@@ -365,6 +366,117 @@ def test_at_the_veth_of_the_receiver_the_peer_is_the_sender_outside() -> None:
     assert found.owner.label == "prod/shop"
     assert found.peer is not None
     assert (found.peer.kind, found.peer.name) == ("external", OUTSIDE_IP)
+
+
+# Translated packets: src … dport are as sent, the reply's tells who was to answer
+
+SERVICE_IP, EVERYWHERE = "10.96.0.10", "172.31.9.9"
+
+
+@pytest.mark.parametrize(
+    ("hook", "owner", "peer"),
+    [("POST_ROUTING", "prod/cart", "prod/shop"), ("FORWARD", "prod/shop", "prod/cart"), ("", "prod/shop", "prod/cart")],
+)
+def test_what_leaves_is_held_back_from_its_sender_although_it_is_on_the_receivers_device(
+    hook: str, owner: str, peer: str
+) -> None:
+    found = who(knowing(*ROUTED), dropped(HOST, CART_IP, SHOP_IP, ifindex=TO_SHOP, iif=TO_CART, hook=hook))
+    assert (found.owner.label, found.owner.how, found.direction) == (owner, "veth", "forward")
+    assert found.peer is not None
+    assert found.peer.label == peer
+
+
+def test_what_came_from_outside_is_the_receivers_at_post_routing_too() -> None:
+    key = dropped(HOST, OUTSIDE_IP, SHOP_IP, ifindex=TO_SHOP, iif=UPLINK, hook="POST_ROUTING")
+    found = who(knowing(*ROUTED), key)
+    assert (found.owner.label, found.owner.how) == ("prod/shop", "veth")
+    assert found.peer is not None
+    assert found.peer.name == OUTSIDE_IP
+
+
+def test_the_peer_of_what_was_sent_to_a_service_is_the_pod_behind_it() -> None:
+    key = dropped(HOST, CART_IP, SERVICE_IP, ifindex=TO_SHOP, iif=TO_CART, hook="POST_ROUTING",
+                  nat="DST", reply_src=SHOP_IP, reply_dst=CART_IP)  # fmt: skip
+    found = who(knowing(*ROUTED), key)
+    assert (found.owner.label, found.direction) == ("prod/cart", "forward")
+    assert found.peer is not None
+    assert found.peer.label == "prod/shop"
+    untranslated = who(knowing(*ROUTED), replace(key, nat="", reply_src="", reply_dst=""))
+    assert untranslated.peer is not None
+    assert (untranslated.peer.kind, untranslated.peer.name) == ("external", SERVICE_IP)
+
+
+def test_the_peer_of_what_a_pod_sends_itself_to_a_service_is_the_pod_behind_it() -> None:
+    key = dropped(CART, CART_IP, SERVICE_IP, hook="LOCAL_OUT", nat="DST", reply_src=SHOP_IP, reply_dst=CART_IP)
+    found = who(knowing(*ROUTED), key)
+    assert (found.owner.label, found.direction) == ("prod/cart", "out")
+    assert found.peer is not None
+    assert found.peer.label == "prod/shop"
+
+
+def test_a_node_port_that_leads_to_a_pod_is_forwarded_and_not_the_nodes_own() -> None:
+    key = dropped(HOST, OUTSIDE_IP, NODE_IP, ifindex=UPLINK, iif=UPLINK, hook="PRE_ROUTING",
+                  nat="BOTH", reply_src=SHOP_IP, reply_dst=NODE_IP)  # fmt: skip
+    for hook in ("PRE_ROUTING", "FORWARD", "POST_ROUTING"):
+        found = who(knowing(*ROUTED), replace(key, hook=hook))
+        assert (found.owner.label, found.direction) == ("prod/shop", "forward")
+        assert found.peer is not None
+        assert (found.peer.kind, found.peer.name) == ("external", OUTSIDE_IP)
+    # of the same packet untranslated the node is the receiver, as of one for a hostPort of its own
+    for plain in (replace(key, nat="", reply_src="", reply_dst=""), replace(key, reply_src=NODE_IP)):
+        found = who(knowing(*ROUTED), plain)
+        assert (found.owner.label, found.direction) == ("node-1", "in")
+
+
+def test_a_masqueraded_packet_stays_its_senders() -> None:
+    key = dropped(HOST, CART_IP, OUTSIDE_IP, ifindex=UPLINK, iif=TO_CART, hook="POST_ROUTING",
+                  nat="SRC", reply_src=OUTSIDE_IP, reply_dst=NODE_IP)  # fmt: skip
+    found = who(knowing(*ROUTED), key)
+    assert (found.owner.label, found.direction, found.device) == ("prod/cart", "forward", "eth0")
+    assert found.peer is not None
+    assert (found.peer.kind, found.peer.name) == ("external", OUTSIDE_IP)
+
+
+# Whose an address is, for the lines of a connection table
+
+
+def owner_at(identity: Identity, text: str, netns: int = HOST, at_s: float = 10) -> str:
+    owner = identity.owner_at(text, netns, COOKIES.get(netns, 0), round(at_s * S))
+    return f"{owner.kind} {owner.label}"
+
+
+def test_an_address_in_a_table_is_that_of_a_pod_of_the_node_or_of_nobody_here() -> None:
+    identity = knowing(*ROUTED)
+    assert owner_at(identity, CART_IP) == "pod prod/cart"
+    assert owner_at(identity, NODE_IP) == "host node-1"
+    assert owner_at(identity, OUTSIDE_IP) == f"external {OUTSIDE_IP}"
+    assert owner_at(identity, "") == "unknown unknown:others"
+    assert owner_at(identity, "224.0.0.251") == "unknown unknown:224.0.0.251"
+
+
+@pytest.mark.parametrize("loopback", ["127.0.0.1", "::1"])
+def test_loopback_is_whoever_has_the_table(loopback: str) -> None:
+    identity = knowing(*ROUTED)
+    assert owner_at(identity, loopback) == "host node-1"
+    assert owner_at(identity, loopback, CART) == "pod prod/cart"
+    assert owner_at(identity, loopback, STRANGER) == f"unknown unknown:netns:{STRANGER}"
+
+
+def test_the_address_that_every_namespace_has_is_that_of_the_one_with_the_table() -> None:
+    same = [address(CART, EVERYWHERE), address(SHOP, EVERYWHERE)]
+    identity = knowing(*ROUTED, *same)
+    assert owner_at(identity, EVERYWHERE, CART) == "pod prod/cart"
+    assert owner_at(identity, EVERYWHERE, SHOP) == "pod prod/shop"
+    assert owner_at(identity, EVERYWHERE, HOST) == f"unknown unknown:{EVERYWHERE}"
+
+
+def test_an_address_is_gone_when_all_who_had_it_are() -> None:
+    had = address(CART, "10.244.1.77", 1, 5)
+    identity = knowing(NODE, had)
+    assert [identity.is_gone("10.244.1.77", round(at_s * S)) for at_s in (4, 5, 5.1, 60)] == [False, False, True, True]
+    assert not identity.is_gone(CART_IP, 60 * S)  # never seen here: nobody's that could be gone
+    assert not knowing(NODE, had, address(SHOP, "10.244.1.77", 30)).is_gone("10.244.1.77", 60 * S)
+    assert knowing(NODE, had, address(SHOP, "10.244.1.77", 30, 40)).is_gone("10.244.1.77", 60 * S)
 
 
 BRIDGED = (

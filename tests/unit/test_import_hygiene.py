@@ -14,7 +14,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "k8sdiag"
 MACHINE = ("bcc", "pyroute2", "psutil", "textual")
-CORE = ("facts", "source", "snapshot", "identity", "engine", "causes", "trace", "views", "report", "explain", "errors")
+CORE = (
+    "facts", "source", "snapshot", "identity", "conntrack", "engine", "causes", "trace", "views", "tracking", "details",
+    "words", "report", "explain", "errors",
+)  # fmt: skip
 
 
 def loaded_by(script: str, *words: str) -> set[str]:

@@ -86,6 +86,9 @@ fact_strategies: dict[type, st.SearchStrategy[Any]] = {
     Drops: st.lists(st.tuples(number, number, number, number), max_size=4).map(
         lambda rows: Drops(*(tuple(row[i] for row in rows) for i in range(4)))
     ),
+    ClashesResolved: st.lists(st.tuples(number, number), max_size=4).map(
+        lambda rows: ClashesResolved(tuple(key for key, _ in rows), tuple(packets for _, packets in rows))
+    ),
     ConntrackTable: st.builds(
         lambda netns, t_ns, rows: ConntrackTable(netns, t_ns, 0, 0, *(tuple(row[i] for row in rows) for i in range(8))),
         number,
@@ -229,12 +232,13 @@ def snapshots(batches: Iterable[Batch], window_s: float | None = None) -> list[S
 @given(data=st.data())
 def test_every_kind_of_fact_comes_back_as_it_was(kind: type[AnyFact], data: st.DataObject) -> None:
     fact: AnyFact = data.draw(fact_strategies.get(kind, st.from_type(kind)))
-    before: list[AnyFact] = [DropKey(key_id, 1, 2) for key_id in fact.key] if isinstance(fact, Drops) else []
+    counts = isinstance(fact, (Drops, ClashesResolved))
+    before: list[AnyFact] = [DropKey(key_id, 1, 2) for key_id in fact.key] if counts else []
     batch = Batch(7, (*before, fact))
     assert list(source(written([batch]))) == [batch]
 
 
-anything_but_counts = st.lists(facts.filter(lambda fact: not isinstance(fact, Drops)), max_size=5)
+anything_but_counts = st.lists(facts.filter(lambda fact: not isinstance(fact, (Drops, ClashesResolved))), max_size=5)
 
 
 @given(st.lists(st.builds(Batch, number, anything_but_counts.map(tuple)), min_size=1, max_size=4))

@@ -103,7 +103,8 @@ class ConntrackStatistics:
     def ended(self, living: Iterable[int], t_ns: int) -> Iterator[ConntrackStats]:
         """Namespaces that are gone, said once."""
         inodes = set(living)
-        for space in [space for space in self._rows if space[0] not in inodes]:
+        latest = {inode: (inode, cookie) for inode, cookie in self._rows}  # inodes are given out again
+        for space in [space for space in self._rows if space[0] not in inodes or latest[space[0]] != space]:
             del self._rows[space]
             fact = self._facts.pop(space, None)
             if fact is not None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from k8sdiag.facts import AnyFact, Capability, DropKey, Drops, Reason, Sample, Symbol
+from k8sdiag.facts import AnyFact, Capability, ClashesResolved, DropKey, Drops, Reason, Sample, Symbol
 from k8sdiag.host import wire
 from k8sdiag.host.bpf import BpfMap, Compilation, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
 
@@ -67,6 +67,7 @@ class DropSensor:
         """Load and attach. Returns what this kernel calls things. Raises the errors of host.bpf."""
         probe = self._probe = Probe(self._compilation)
         sizes = {"flows": (wire.FLOW_KEY.size, wire.TALLY.size), "drops": (wire.DROP_KEY.size, wire.TALLY.size),
+                 "repairs": (wire.FLOW_KEY.size, wire.TALLY.size),
                  "slots": (4, wire.SLOTS * (wire.FLOW_KEY.size + wire.TALLY.size))}  # fmt: skip
         self._maps = {
             name: BpfMap(fd, *sizes[name.partition("_")[0]], self._cpus)
@@ -181,6 +182,9 @@ class DropSensor:
                 self.filtered.add(_NETNS.unpack(key[-_NETNS.size :])[0])
         if columns:
             facts.append(Drops(*zip(*columns, strict=True)))
+        repairs = [(self._id(key, facts), skbs) for key, skbs in self._repairs(idle)]
+        if repairs:
+            facts.append(ClashesResolved(*zip(*repairs, strict=True)))
         for record in (*records, *self._samples()):
             facts.append(self._sample(record, facts))
         return facts
@@ -221,6 +225,13 @@ class DropSensor:
             for identity, sums in ranked[FLOWS_PER_TICK:]:
                 _add(rest, identity[:_EXPLAINS] + identity[-_NETNS.size :], sums)
         return flows | rest
+
+    def _repairs(self, side: int) -> Iterator[tuple[bytes, int]]:
+        """Identity and packets of the flows whose clashes were resolved."""
+        name = f"repairs_{side}"
+        for key, tallies in self._entries(name, wire.FLOW_KEY.size) if name in self._maps else ():
+            identity, (skbs, _, _) = _identity(key, tallies)
+            yield identity, skbs
 
     def _entries(self, name: str, size: int) -> Iterator[tuple[bytes, Sequence[int]]]:
         for keys, values in self._maps[name].drain():

@@ -6,7 +6,8 @@ that leaves the attributes' headers and what entries are counted by. Each furthe
 it is the key of a dict, and no attribute of it is looked at again. Because the headers are part of the key, a message
 that is laid out otherwise never meets a key of another kind; it is new, and what is new is walked.
 
-What is left of the cost is mostly the kernel's, which makes every message in full: no question asks for less.
+What is left of the cost is mostly the kernel's, which makes every message in full: no question asks for less. So a
+big table is added up by the kernel itself, where it allows that (walk.py), and this is for small ones and for others.
 
 A table is a moving thing: entries that come and go while it is read are in the sum or not, and one whose hash bucket
 moves (nf_conntrack_buckets was written) may be there twice or not at all. The kernel marks such a dump at most by
@@ -28,10 +29,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from threading import Event, Lock, Thread
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+from k8sdiag.errors import K8sdiagError
 from k8sdiag.facts import ConntrackTable
 from k8sdiag.host.inventory.netns import inside
+
+if TYPE_CHECKING:
+    from k8sdiag.host.sensors.walk import Walk
 
 KEYS = 20_000
 """Kinds of entries told apart while reading; each takes about a kilobyte, and a flood has as many as entries."""
@@ -39,6 +44,8 @@ LINES = 1_000
 """Of a finished table, the lines with both addresses that are kept: the largest."""
 SIDES = 500
 """The lines with one address that the others are folded into: the largest."""
+WALKED_FROM = 20_000
+"""Entries of a table that is left to the kernel; to begin with that costs as much as to read so many by ctnetlink."""
 PAUSE_S = 5.0
 PAUSE_RATIO = 50
 """A pause is so many times as long as the CPU time of the reading before: reading takes 2 % of a CPU at most."""
@@ -363,6 +370,15 @@ def read_table(
     return _fact(tally.lines(), inode, cookie, t_ns())
 
 
+def walk_table(
+    walk: Walk, path: str, inode: int, cookie: int, t_ns: Callable[[], int], stop: Event | None = None
+) -> ConntrackTable:
+    """The same, added up by the kernel. Raises OSError: ESTALE as read_table(), and what Walk.read() raises."""
+    with inside(path, inode):
+        pass  # it is still that namespace
+    return _fact(_largest(walk.read(inode, stop)), inode, cookie, t_ns())
+
+
 def _fact(lines: dict[Line, Sum], inode: int, cookie: int, t_ns: int) -> ConntrackTable:
     ranked = sorted(lines.items(), key=lambda item: (-item[1].entries, item[0]))
     return ConntrackTable(
@@ -418,6 +434,12 @@ class TableReader:
         self._failures: dict[Space, OSError] = {}
         self._stop = Event()
         self._thread: Thread | None = None
+        self._walk: Walk | None = None
+        self.walks = False
+        """Whether the latest big table was added up by the kernel itself."""
+        self.walk_refused = ""
+        """Why not; empty as long as there was no big one."""
+        self._never_walks = False
 
     def begin(self, spaces: Sequence[tuple[str, int, int, int]], *, everything: bool = False) -> None:
         """Start to read those whose pause is over, or `everything`; the fullest first. Nothing if still reading.
@@ -467,14 +489,16 @@ class TableReader:
     def close(self) -> None:
         """End a reading half-way; what was finished may still be collected. Returns within a part of a dump."""
         self._stop.set()
-        self.wait(1.0)
+        if self.wait(1.0) and self._walk:
+            self._walk.close()
+            self._walk = None
 
     def _read(self, due: list[tuple[int, str, int, int]]) -> None:
-        for _, path, inode, cookie in due:
+        for count, path, inode, cookie in due:
             begin_s = time.thread_time()
             failure = None
             try:
-                table = read_table(path, inode, cookie, self._t_ns, self._stop)
+                table = self._table(count, path, inode, cookie)
             except OSError as error:
                 failure = error
             if self._stop.is_set() and failure:
@@ -487,3 +511,25 @@ class TableReader:
                 else:
                     self._failures.pop((inode, cookie), None)
                     self._finished.append(table)
+
+    def _table(self, count: int, path: str, inode: int, cookie: int) -> ConntrackTable:
+        if count >= WALKED_FROM and not self._never_walks:
+            try:
+                table = walk_table(self._begun_walk(), path, inode, cookie, self._t_ns, self._stop)
+            except (OSError, K8sdiagError) as error:
+                if self._stop.is_set() or (isinstance(error, OSError) and error.errno == errno.ESTALE):
+                    raise
+                self.walks, self.walk_refused = False, str(error)
+                self._never_walks = self._walk is None
+            else:
+                self.walks, self.walk_refused = True, ""
+                return table
+        return read_table(path, inode, cookie, self._t_ns, self._stop)
+
+    def _begun_walk(self) -> Walk:
+        """Raises K8sdiagError where it cannot be loaded, which it never will then."""
+        if self._walk is None:
+            from k8sdiag.host.sensors.walk import Walk
+
+            self._walk = Walk()
+        return self._walk
