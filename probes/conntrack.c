@@ -69,7 +69,7 @@ int on_confirm(struct registers *ctx)
 	struct refusal *r = this_refusal();
 	if (r) {
 		r->confirming = ctx->at[ARGUMENT_1];
-		r->is_clash = 0;
+		r->failed = r->is_clash = r->full = 0; /* marks of packets that nobody saw dropped */
 	}
 	return 0;
 }

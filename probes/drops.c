@@ -17,7 +17,7 @@ BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_0, DROPS);
 BPF_TABLE("percpu_hash", struct drop_key, struct tally, drops_1, DROPS);
 BPF_RINGBUF_OUTPUT(samples, SAMPLE_PAGES);
 #ifdef OFF_net_ct_stat
-BPF_TABLE("lru_percpu_hash", u32, struct conntrack_seen, seen, NAMESPACES_SEEN);
+BPF_TABLE("lru_percpu_hash", u64, struct conntrack_seen, seen, NAMESPACES_SEEN); /* by netns_id() */
 BPF_ARRAY_OF_MAPS(anchor, "budget", 1);
 #endif
 
@@ -125,14 +125,28 @@ INLINE u32 exchange(u32 *at, u32 now)
 	return was;
 }
 
+/* Which namespace it is: its cookie, which is its own for ever; before 5.12, when most have none, the inode. */
+INLINE u64 netns_id(u64 net)
+{
+	u64 id = 0;
+	u32 inode = 0;
+#ifdef OFF_net_net_cookie
+	if (READ(&id, net + OFF_net_net_cookie))
+		return 0;
+#endif
+	if (!id && !READ(&inode, net + OFF_net_ns_inum))
+		id = inode;
+	return id;
+}
+
 /* Conntrack counts what it refuses on the CPU that refuses, a moment before the packet is freed there: what rose
  * in this namespace since the last netfilter drop on this CPU is why this one was dropped. */
 INLINE u8 verdict_of(u64 net, struct control *control)
 {
-	u64 at = 0;
-	u32 netns = 0, failed, dropped, too_long = 0;
-	u64 offset = net ? percpu_offset(control) : 0;
-	if (!offset || READ(&netns, net + OFF_net_ns_inum) || READ(&at, net + OFF_net_ct_stat) || !at)
+	u64 at = 0, netns = net ? netns_id(net) : 0;
+	u32 failed, dropped, too_long = 0;
+	u64 offset = netns ? percpu_offset(control) : 0;
+	if (!offset || READ(&at, net + OFF_net_ct_stat) || !at)
 		return VERDICT_UNKNOWN;
 	at += offset;
 	struct conntrack_seen none = {}, *last = seen.lookup(&netns);

@@ -261,12 +261,17 @@ class Probe:
         self._links.append(link)
 
     def attach_kprobes(self) -> str:
-        """Attach what was loaded for kernel functions. Returns why one of them could not be, or "": all are there."""
+        """Attach what was loaded for kernel functions: all or none. Returns why one could not be, "" for all."""
+        links: list[int] = []
         for program, (function, at_return) in zip(self._kprobe_programs, self.about["kprobes"], strict=True):
             try:
-                self._links.append(_kprobe(program, function, at_return=at_return))
+                links.append(_kprobe(program, function, at_return=at_return))
             except OSError as error:
+                # Half of them would tell half: a failure whose clash nobody saw.
+                for link in links:
+                    os.close(link)
                 return f"{function}: {error.strerror}"
+        self._links += links
         return ""
 
     def runs(self) -> ProgramRuns:

@@ -275,7 +275,7 @@ def map_bytes(cpus: int) -> int:
     sizes = map_sizes(cpus)
     flow, drop = FLOW_KEY.size + TALLY.size * cpus, DROP_KEY.size + TALLY.size * cpus
     slots = SLOTS * (FLOW_KEY.size + TALLY.size) * cpus
-    seen = NAMESPACES_SEEN * (4 + CONNTRACK_SEEN.size * cpus)
+    seen = NAMESPACES_SEEN * (8 + CONNTRACK_SEEN.size * cpus)
     return 2 * (sizes["FLOWS"] * flow + sizes["DROPS"] * drop + slots) + seen
 
 

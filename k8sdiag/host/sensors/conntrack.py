@@ -48,16 +48,16 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def failures(readings: dict[Space, Reading]) -> dict[int, list[ConntrackSeen]]:
-    """What each CPU had counted in the namespaces where anything had failed, by inode."""
+def failures(readings: dict[Space, Reading]) -> dict[Space, list[ConntrackSeen]]:
+    """What each CPU had counted in the namespaces where anything had failed."""
     found = {}
-    for (inode, _), reading in readings.items():
+    for space, reading in readings.items():
         rows = [
             ConntrackSeen(*(row.get(name, 0) for name in ("insert_failed", "drop", "chainlength")))
             for row in reading.conntrack
         ]
         if any(any(row) for row in rows):
-            found[inode] = rows
+            found[space] = rows
     return found
 
 

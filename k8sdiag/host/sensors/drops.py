@@ -127,19 +127,18 @@ class DropSensor:
         assert self._probe is not None
         return "chains" in self._probe.about["conntrack"]
 
-    def baseline(self, failures: dict[int, list[ConntrackSeen]]) -> None:
-        """Say what conntrack had counted before the watch: by inode, a line for each possible CPU.
+    def baseline(self, failures: dict[tuple[int, int], list[ConntrackSeen]]) -> None:
+        """Say what conntrack had counted before the watch: by inode and cookie, a line for each possible CPU.
 
         To be told once, of all namespaces; of those not named here, nothing is taken to have been counted so far.
         """
         assert self._probe is not None
         if "seen" in self._probe.map_fds:
-            seen = BpfMap(self._probe.map_fds["seen"], 4, wire.CONNTRACK_SEEN.size, self._cpus)
-            for inode, rows in failures.items():
+            seen = BpfMap(self._probe.map_fds["seen"], 8, wire.CONNTRACK_SEEN.size, self._cpus)
+            for (inode, cookie), rows in failures.items():
                 if len(rows) == self._cpus:
-                    seen.update(
-                        struct.pack("<I", inode), b"".join(wire.CONNTRACK_SEEN.codec.pack(*row, 0) for row in rows)
-                    )
+                    values = b"".join(wire.CONNTRACK_SEEN.codec.pack(*row, 0) for row in rows)
+                    seen.update(struct.pack("<Q", cookie or inode), values)
         self._baselined = True
         self._say()
 
