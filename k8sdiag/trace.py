@@ -103,7 +103,7 @@ class TraceWriter:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._seq = 0
-        self._state: dict[object, AnyFact] = {}
+        self._state: dict[tuple[object, ...], AnyFact] = {}
         self._keys: dict[int, DropKey] = {}
         self._stated: set[int] = set()
         self._checkpoint_t_ns: int | None = None
@@ -143,6 +143,10 @@ class TraceWriter:
             for key, fact in self._state.items()
             if (getattr(fact, "until_t_ns", None) or t_ns) >= forgotten_ns
         }
+        for key, fact in list(self._state.items()):
+            # Who held a table has no end of its own: it goes with the table's statistics.
+            if isinstance(fact, ConntrackTable) and (ConntrackStats, *key[1:]) not in self._state:
+                del self._state[key]
         for fact in self._state.values():
             self._line(fact)
         oldest = max(self._keys, default=0) - KEYS_IN_USE
@@ -351,7 +355,7 @@ _SAME: dict[type, Callable[..., tuple[object, ...]]] = {
 }
 
 
-def _state_key(fact: AnyFact) -> object:
+def _state_key(fact: AnyFact) -> tuple[object, ...]:
     """What makes two state facts statements about the same thing: the later one stands."""
     return type(fact), *_SAME[type(fact)](fact)
 

@@ -9,7 +9,21 @@ import pytest
 from k8sdiag import report
 from k8sdiag.cli import duration_s, main
 from k8sdiag.engine import Engine
-from k8sdiag.facts import AnyFact, Capability, Clock, DropKey, Drops, Lost, NetnsOwner, Node, Reason, Symbol
+from k8sdiag.facts import (
+    Address,
+    AnyFact,
+    Capability,
+    Clock,
+    ConntrackStats,
+    ConntrackTable,
+    DropKey,
+    Drops,
+    Lost,
+    NetnsOwner,
+    Node,
+    Reason,
+    Symbol,
+)
 from k8sdiag.source import Batch
 from k8sdiag.trace import TraceWriter
 
@@ -221,6 +235,27 @@ def test_narrowing_keeps_drops_with_either_end_there_and_says_so(
     said = capsys.readouterr().out
     assert "nothing of namespace other loses packets" in said
     assert "what others lose is not shown" in said
+
+
+def test_narrowing_leaves_out_what_statistics_tell_of_a_table_that_others_fill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = ConntrackTable(4026531840, 9, 0, 90, (0,), ("10.0.0.1",), ("10.0.0.2",), (6,), ("",), (90,), (0,), (9,))
+    path = tmp_path / "a.k8sd"
+    writer = TraceWriter(path.open("wb"))
+    writer.write(Batch(0, (*WATCHING, Capability("conntrack", "full"), Address(NETNS, "10.0.0.1"))))
+    writer.write(Batch(10 * 10**9, (ConntrackStats(4026531840, 0, 90, 100, early_drop=500), table)))
+    writer.close()
+    for words, owners in (
+        ([], ["cart-1"]), (["-n", "shop"], ["cart-1"]), (["--pod", "cart-*"], ["cart-1"]),
+        (["-n", "other"], []), (["-n", "shop", "--pod", "x*"], []),
+    ):  # fmt: skip
+        code, result = check(capsys, str(path), *words)
+        assert code == (1 if owners else 0)
+        found: list[str] = [finding["cause"] for finding in result["findings"]]  # type: ignore[attr-defined]
+        assert found == (["ct-pressure-early-drop"] if owners else [])
+        assert [row["owner"]["name"] for row in result["owners"]] == owners  # type: ignore[attr-defined]
+        assert [row["early_drop"] for row in result["conntrack"]] == [500]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from msgspec.structs import replace
 from k8sdiag.conntrack import HOLDERS, Tables
 from k8sdiag.facts import REMEMBERED_NS, Address, AnyFact, ConntrackStats, ConntrackTable, DropKey, NetnsOwner, Node
 from k8sdiag.host.sensors import conntrack as sensor
-from k8sdiag.host.sensors.conntrack import ConntrackSeen, ConntrackStatistics, Limits, failures, read_limits
+from k8sdiag.host.sensors.conntrack import ConntrackStatistics, Limits, failures, read_limits
 from k8sdiag.host.sensors.counters import Reading, Space, parse_conntrack
+from k8sdiag.host.sensors.drops import ConntrackSeen
 from k8sdiag.identity import Identity
 from k8sdiag.snapshot import ConntrackRow, HolderRow, ProtocolRow, RepairRow
 
@@ -141,7 +142,7 @@ def test_tables_that_are_not_in_use_are_no_rows_unless_something_happened_there(
     for more in ({"drop": 1}, {"insert_failed": 1}, {"early_drop": 1}, {"clash_resolved": 1}, {"count": 1}):
         one = tables()
         counted(one, (0, stats(0)), is_first=True)
-        assert len(counted(one, (1, stats(**{"count": 0, **more}))).rows(S, 1)) == 1  # type: ignore[arg-type]
+        assert len(counted(one, (1, stats(**{"count": 0, **more}))).rows(S, 1)) == 1
 
 
 def test_the_fullest_table_comes_first() -> None:
@@ -247,7 +248,7 @@ def test_two_holders_of_one_inode_have_a_table_each() -> None:
 def reading(*lines: tuple[int, str, str, int, str, int, int, int], t_ns: int = 9 * S) -> ConntrackTable:
     """(zone, source, target, protocol, state, entries, unreplied, timeout_s) each."""
     columns = [tuple(column) for column in zip(*lines, strict=True)] or [()] * 8
-    return ConntrackTable(HOST, t_ns, 0, sum(line[5] for line in lines), *columns)  # type: ignore[arg-type]
+    return ConntrackTable(HOST, t_ns, 0, sum(line[5] for line in lines), *columns)
 
 
 LINES = (
@@ -542,7 +543,7 @@ def test_failures_are_those_of_each_cpu_where_any_had_one() -> None:
         (78, 5): Reading({}, ({"entries": 1, "insert_failed": 4, "drop": 5},)),  # a kernel without chainlength
     })  # fmt: skip
     assert found == {
-        HOST: [ConntrackSeen(1, 2, 3), ConntrackSeen(0, 0, 0)],
-        CART: [ConntrackSeen(0, 0, 0), ConntrackSeen(0, 0xFFFFFFFF, 0)],
-        78: [ConntrackSeen(4, 5, 0)],
+        (HOST, 5): [ConntrackSeen(1, 2, 3), ConntrackSeen(0, 0, 0)],
+        (CART, 5): [ConntrackSeen(0, 0, 0), ConntrackSeen(0, 0xFFFFFFFF, 0)],
+        (78, 5): [ConntrackSeen(4, 5, 0)],
     }

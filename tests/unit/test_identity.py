@@ -470,6 +470,12 @@ def test_the_address_that_every_namespace_has_is_that_of_the_one_with_the_table(
     assert owner_at(identity, EVERYWHERE, HOST) == f"unknown unknown:{EVERYWHERE}"
 
 
+def test_without_cookies_an_address_of_another_namespace_is_not_taken_for_ones_own() -> None:
+    identity = knowing(NODE, pod(CART, "cart", cookie=0), address(CART, CART_IP, cookie=0))
+    assert identity.owner_at(CART_IP, HOST, 0, 10 * S).label == "prod/cart"
+    assert identity.owner_at(CART_IP, CART, 0, 10 * S).label == "prod/cart"
+
+
 def test_an_address_is_gone_when_all_who_had_it_are() -> None:
     had = address(CART, "10.244.1.77", 1, 5)
     identity = knowing(NODE, had)

@@ -30,7 +30,9 @@ from k8sdiag.facts import (
     Address,
     AnyFact,
     Capability,
+    ClashesResolved,
     Clock,
+    ConntrackStats,
     ConntrackTable,
     Cost,
     DropKey,
@@ -181,12 +183,39 @@ BEGINNING = (
 )  # fmt: skip
 
 
+def tracking(
+    tracked: dict[int, ConntrackStats], pods: dict[int, NetnsOwner], rng: random.Random, t_ns: int
+) -> list[AnyFact]:
+    """One tick of some namespaces' connections; `tracked` are the statistics so far."""
+    living = {HOST: 0, CART: 0, **{netns: owner.netns_cookie for netns, owner in pods.items()}}
+    ended = [netns for netns, stats in tracked.items() if living.get(netns) != stats.netns_cookie]
+    facts: list[AnyFact] = [msgspec.structs.replace(tracked.pop(netns), count=0, until_t_ns=t_ns) for netns in ended]
+    for netns, cookie in living.items():
+        if rng.random() < 0.3:
+            continue
+        was = tracked.get(netns, ConntrackStats(netns, cookie, clash_resolved=0))
+        names = rng.sample(("found", "invalid", "insert_failed", "drop", "early_drop", "clash_resolved"), 2)
+        steps = {name: getattr(was, name) + rng.randrange(9) for name in names}
+        tracked[netns] = msgspec.structs.replace(was, count=rng.randrange(1, 500), max=500, buckets=64, **steps)
+        facts.append(tracked[netns])
+        if rng.random() < 0.2:
+            entries = tuple(rng.randrange(1, 99) for _ in range(3))
+            facts.append(
+                ConntrackTable(netns, t_ns, cookie, sum(entries), (0, 0, 7), ("10.244.1.5", "10.244.1.6", ""),
+                               ("10.244.1.6", "192.0.2.7", ""), (6, 17, 6), ("SYN_SENT", "", ""), entries, (1, 0, 1),
+                               (30, 20, 10))
+            )  # fmt: skip
+    return facts
+
+
 def watch(seconds: int, begin_s: float = 100) -> list[Batch]:
-    """A watch with everything in it: new keys, pods that come and go, losses, samples, a stepped clock."""
+    """A watch with everything in it: new keys, pods and their connections that come and go, losses, samples."""
     batches = [at(begin_s, *BEGINNING)]
     rng = random.Random(7)
     key_id = 0
     pods: dict[int, NetnsOwner] = {}
+    tracked: dict[int, ConntrackStats] = {}
+    races = random.Random(8)
     for tick in range(1, seconds + 1):
         t_s = begin_s + tick
         facts: list[AnyFact] = []
@@ -211,6 +240,9 @@ def watch(seconds: int, begin_s: float = 100) -> list[Batch]:
         if used:
             facts.append(drops(*((used_id, rng.randrange(1, 50)) for used_id in used)))
             facts.append(Sample(used[0], round(t_s * S), 60, "4500", (0xFFFFFFFF81000010,)))
+        facts += tracking(tracked, pods, races, round(t_s * S))
+        if used:
+            facts.append(ClashesResolved((used[0],), (races.randrange(1, 9),)))
         facts += [Lost(tick // 10, 0, tick), Cost(tick / 100, 5 << 20)]
         batches.append(at(t_s, *facts))
     return batches
@@ -232,8 +264,8 @@ def snapshots(batches: Iterable[Batch], window_s: float | None = None) -> list[S
 @given(data=st.data())
 def test_every_kind_of_fact_comes_back_as_it_was(kind: type[AnyFact], data: st.DataObject) -> None:
     fact: AnyFact = data.draw(fact_strategies.get(kind, st.from_type(kind)))
-    counts = isinstance(fact, (Drops, ClashesResolved))
-    before: list[AnyFact] = [DropKey(key_id, 1, 2) for key_id in fact.key] if counts else []
+    used = fact.key if isinstance(fact, (Drops, ClashesResolved)) else ()
+    before: list[AnyFact] = [DropKey(key_id, 1, 2) for key_id in used]
     batch = Batch(7, (*before, fact))
     assert list(source(written([batch]))) == [batch]
 
@@ -257,6 +289,7 @@ def test_a_replay_of_what_was_recorded_while_it_ran_gives_equal_snapshots() -> N
     assert replayed.warning == ""
     assert len(live) == 201
     assert live[-1].skbs > 1000
+    assert sum(table.invalid for table in live[-1].conntrack) > 500
     # and what is recorded of a replay says the same again
     assert snapshots(source(written(source(file.content)))) == live
 
@@ -584,6 +617,10 @@ def test_a_reader_that_begins_at_a_checkpoint_knows_all_there_is_to_know(checkpo
     content = written(watch(230))
     whole = snapshots(source(content), window_s=15)[-1]
     assert whole.skbs > 100
+    assert sum(table.invalid for table in whole.conntrack) > 20
+    assert any(table.holders for table in whole.conntrack)
+    assert any(table.full_count for table in whole.conntrack)
+    assert any(table.repairs for table in whole.conntrack)
     entry = snapshots(source(entered(content, checkpoint)), window_s=15)[-1]
     assert entry == whole
 
@@ -602,6 +639,23 @@ def test_owners_that_died_lately_are_said_again_and_others_are_not() -> None:
     for t_ns, names in restated.items():
         assert names == ({"cart", "shop", "gone"} if t_ns - 110 * S <= REMEMBERED_NS else {"cart", "shop"})
     assert len(restated) == 14
+
+
+def test_who_held_a_table_is_said_again_as_long_as_its_namespace_is() -> None:
+    gone = ConntrackStats(CART, 5, until_t_ns=110 * S)
+    tables = ConntrackTable(CART, 101 * S, 5), ConntrackTable(HOST, 101 * S)
+    start = ConntrackStats(CART, 5, 9), ConntrackStats(HOST, 0, 9)
+    ticks = (at(t_s) for t_s in range(111, 1000))
+    records = lines(written([at(100, *BEGINNING), at(101, *start, *tables), at(110, gone), *ticks]))
+    restated: dict[int, set[int]] = {}
+    for record in records:
+        if record["type"] == "checkpoint":
+            restated[record["t_ns"]] = set()
+        elif record["type"] == "conntrack_table" and restated:
+            restated[max(restated)].add(record["netns"])
+    assert len(restated) == 14
+    for t_ns, netns in restated.items():
+        assert netns == ({CART, HOST} if t_ns - 110 * S <= REMEMBERED_NS else {HOST})
 
 
 def test_a_key_is_said_again_when_it_is_next_used_after_a_checkpoint() -> None:

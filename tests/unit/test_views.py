@@ -215,6 +215,20 @@ def test_benign_drops_are_hidden_and_their_sum_is_shown() -> None:
     assert names(page)[-1] == "worker-1"
 
 
+@pytest.mark.parametrize("grouping", views.GROUPINGS)
+def test_the_pods_tab_is_for_those_who_lose_and_not_for_all_who_hold_connections(grouping: views.Grouping) -> None:
+    crawler = pod("batch", "crawler-0")
+    shown = snapshot([drop(API, 9), drop(HOST, 4, "benign")], tables=[connections([(crawler, 400), (API, 100)])])
+    assert {row.owner.label for row in shown.owners} == {"batch/crawler-0", API.label, "worker-1"}
+    api = API.namespace if grouping == "namespace" else API.label
+    if grouping == "workload":
+        api = f"{API.namespace}/{API.workload}"
+    assert names(views.owner_page(shown, ViewState(grouping=grouping), 150)) == [api]
+    page = views.owner_page(shown, ViewState(grouping=grouping, all_drops=True), 150)
+    assert names(page) == [api, "worker-1"]
+    assert column(page, "entries") == ["100", "0"]
+
+
 def test_owners_are_grouped_by_namespace_then_workload_then_pod() -> None:
     by = {grouping: views.owner_page(trouble(), ViewState(grouping=grouping), 150) for grouping in views.GROUPINGS}
     assert names(by["namespace"]) == ["shop", "payments", "lab-web"]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 from k8sdiag.facts import AnyFact, Capability, ClashesResolved, DropKey, Drops, Reason, Sample, Symbol
 from k8sdiag.host import wire
 from k8sdiag.host.bpf import BpfMap, Compilation, GracePeriod, Probe, ProgramRuns, RingBuffer, possible_cpus
+from k8sdiag.host.loader import KPROBE_PMU, KPROBED_FUNCTIONS
+from k8sdiag.host.symbols import KernelSymbols
 
 STACKS_PER_S = 5000
 """Per CPU: at 3 µs each, 1.5 % of it."""
@@ -82,9 +84,7 @@ class DropSensor:
         self._grace = GracePeriod()
         self._switch()
         probe.attach("kfree_skb")
-        why_not = (
-            probe.attach_kprobes() if probe.about["kprobes"] else "this kernel has no kprobes, or no conntrack yet"
-        )
+        why_not = probe.attach_kprobes() if probe.about["kprobes"] else _why_no_kprobes(self._symbols)
         return [
             *(Reason(number, name) for number, name in self.reasons.items()),
             *self._capabilities(why_not),
@@ -286,6 +286,20 @@ class DropSensor:
             self._grace.close()
             self._probe.close()
             self._probe = None
+
+
+def _why_no_kprobes(symbols: KernelSymbols) -> str:
+    """Why the loader gave no programs for conntrack's functions."""
+    if not KPROBE_PMU.exists():
+        return "this kernel has no kprobes"
+    if symbols.hidden:
+        return "kernel.kptr_restrict (or a missing CAP_SYSLOG) hides whether conntrack's functions are there"
+    missing = sorted(set(KPROBED_FUNCTIONS) - symbols.spans(KPROBED_FUNCTIONS).keys())
+    if len(missing) == len(KPROBED_FUNCTIONS):
+        return "nf_conntrack was not loaded when the watch began, and only then are its functions probed"
+    if missing:
+        return f"this kernel has no function {missing[0]}"
+    return "the kernel refused the programs for kprobes"
 
 
 def _identity(key: bytes, tallies: Sequence[int]) -> tuple[bytes, tuple[int, int, int]]:
