@@ -65,8 +65,8 @@ class DropSensor:
         """Inodes of the namespaces in which netfilter dropped anything before the last read."""
         self._tallies = struct.Struct("<" + wire.TALLY.codec.format.lstrip("<") * self._cpus)
 
-    def start(self) -> list[AnyFact]:
-        """Load and attach. Returns what this kernel calls things. Raises the errors of host.bpf."""
+    def load(self) -> None:
+        """Have the probe in the kernel, not yet attached. Raises the errors of host.bpf."""
         probe = self._probe = Probe(self._compilation)
         sizes = {"flows": (wire.FLOW_KEY.size, wire.TALLY.size), "drops": (wire.DROP_KEY.size, wire.TALLY.size),
                  "repairs": (wire.FLOW_KEY.size, wire.TALLY.size),
@@ -83,6 +83,13 @@ class DropSensor:
         self._ring = RingBuffer(probe.map_fds["samples"], wire.SAMPLE_PAGES * mmap.PAGESIZE)
         self._grace = GracePeriod()
         self._switch()
+
+    def start(self) -> list[AnyFact]:
+        """Attach, after loading if that was not done. Returns what this kernel calls things. Raises as load()."""
+        if self._probe is None:
+            self.load()
+        probe = self._probe
+        assert probe is not None
         probe.attach("kfree_skb")
         why_not = probe.attach_kprobes() if probe.about["kprobes"] else _why_no_kprobes(self._symbols)
         return [
@@ -130,7 +137,8 @@ class DropSensor:
     def baseline(self, failures: dict[tuple[int, int], list[ConntrackSeen]]) -> None:
         """Say what conntrack had counted before the watch: by inode and cookie, a line for each possible CPU.
 
-        To be told once, of all namespaces; of those not named here, nothing is taken to have been counted so far.
+        To be told once, between load() and start(), of all namespaces; of those not named here, nothing is taken to
+        have been counted so far.
         """
         assert self._probe is not None
         if "seen" in self._probe.map_fds:
