@@ -333,7 +333,12 @@ def _is_far_from_full(table: ConntrackRow) -> bool:
 
 
 def _is_hardly_full(case: Case) -> bool:
-    """Allocation was refused, and no table that may have refused was anywhere near its limit."""
+    """Allocation was refused, and no table that may have refused was anywhere near its limit when it was read.
+
+    Where a probe saw that nothing could be evicted, the table was full.
+    """
+    if any(row.confidence == "proven" for row in case.rows):
+        return False
     tables = _concerned(case)
     return bool(tables) and all(_is_far_from_full(table) for table in tables)
 

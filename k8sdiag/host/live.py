@@ -134,7 +134,7 @@ class LiveSource:
         ]
         if last:
             self._holders.wait(LAST_READING_S / 2)
-        self._holders.begin(spaces, everything=last)
+        self._holders.begin(spaces, everything=last, pressed=self._conntrack.pressed)
         if last:
             self._holders.wait(LAST_READING_S / 2)
 

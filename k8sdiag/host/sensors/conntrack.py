@@ -72,10 +72,13 @@ class ConntrackStatistics:
         self._rows: dict[Space, tuple[dict[str, int], ...]] = {}
         self._facts: dict[Space, ConntrackStats] = {}
         self._started = False
+        self.pressed: set[Space] = set()
+        """Namespaces in which something was refused or evicted between the last two readings."""
 
     def facts(self, readings: dict[Space, Reading]) -> Iterator[ConntrackStats]:
         """What changed. The first call sets the start; namespaces that come later had counted nothing before."""
         limits = read_limits()
+        self.pressed = set()
         for space, reading in readings.items():
             if not reading.conntrack:
                 continue
@@ -91,6 +94,8 @@ class ConntrackStatistics:
             if known is None and not fact.count and not any(counts.values()):
                 continue
             self._facts[space] = fact
+            if known and (fact.drop, fact.early_drop) != (known.drop, known.early_drop):
+                self.pressed.add(space)
             if fact != known:
                 yield fact
         self._started = True

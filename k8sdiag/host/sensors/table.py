@@ -27,7 +27,7 @@ import struct
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -413,8 +413,10 @@ class _Pace(NamedTuple):
     """Of a namespace that was read."""
 
     next_s: float
-    """When it may be read again, by time.monotonic()."""
+    """When it is to be read again, by time.monotonic()."""
     empty: bool
+    soonest_s: float = 0.0
+    """When it may be read again, if there is a reason."""
 
 
 class TableReader:
@@ -441,8 +443,16 @@ class TableReader:
         """Why not; empty as long as there was no big one."""
         self._never_walks = False
 
-    def begin(self, spaces: Sequence[tuple[str, int, int, int]], *, everything: bool = False) -> None:
+    def begin(
+        self,
+        spaces: Sequence[tuple[str, int, int, int]],
+        *,
+        everything: bool = False,
+        pressed: Collection[Space] = (),
+    ) -> None:
         """Start to read those whose pause is over, or `everything`; the fullest first. Nothing if still reading.
+
+        Those that are `pressed` (something was refused or evicted) need not wait longer than reading costs.
 
         Each is (path, inode, cookie, entries in use). One without entries is not read: its table is empty, which is
         said once.
@@ -458,7 +468,8 @@ class TableReader:
         for path, inode, cookie, count in spaces:
             pace = self._paces.get((inode, cookie))
             if count:
-                if everything or pace is None or pace.next_s <= now_s:
+                due_s = 0.0 if pace is None else pace.soonest_s if (inode, cookie) in pressed else pace.next_s
+                if everything or due_s <= now_s:
                     due.append((count, path, inode, cookie))
             elif pace and not pace.empty:
                 self._paces[inode, cookie] = _Pace(now_s, empty=True)
@@ -503,8 +514,8 @@ class TableReader:
                 failure = error
             if self._stop.is_set() and failure:
                 return
-            pause_s = max(PAUSE_S, PAUSE_RATIO * (time.thread_time() - begin_s))
-            self._paces[inode, cookie] = _Pace(time.monotonic() + pause_s, empty=False)
+            pause_s, now_s = PAUSE_RATIO * (time.thread_time() - begin_s), time.monotonic()
+            self._paces[inode, cookie] = _Pace(now_s + max(PAUSE_S, pause_s), empty=False, soonest_s=now_s + pause_s)
             with self._lock:
                 if failure:
                     self._failures[inode, cookie] = failure
