@@ -64,7 +64,11 @@ INLINE u8 hook_by_stack(void *ctx, struct control *control)
 	}
 	b->stacks++;
 	bpf_get_stack(ctx, stack, sizeof(stack), 2); /* without this program and bpf_trace_run() */
+#ifdef RECURSION_SAFE /* a kernel whose verifier follows an index into the stack, too: compiled sooner */
+#pragma clang loop unroll(disable)
+#else
 #pragma unroll
+#endif
 	for (int i = 0; i < HOOK_FRAMES; i++) {
 #define FOUND(lo, hi, hook) if (stack[i] > lo && stack[i] < hi) return hook;
 		HOOK_RANGES(FOUND)
@@ -95,16 +99,16 @@ INLINE u8 hook_of(void *ctx, struct skb_view *skb, u64 dev, struct control *cont
 #ifdef OFF_net_ct_stat
 /* How far this CPU's per-CPU data are from what a per-CPU pointer says: as far as our own map's value for this CPU,
  * which a lookup gives, is from the per-CPU pointer in the map. Reading a pointer from memory makes it a number. */
-INLINE u64 percpu_offset(struct control *control)
+INLINE u64 percpu_offset(void)
 {
 	u32 zero = 0;
 	u64 at = 0, here = 0, pointer = 0;
-	struct budget *b = current_budget(control);
+	struct budget *b = budget.lookup(&zero);
+	if (!b || b->percpu_offset)
+		return b ? b->percpu_offset : 0;
 	void *map = anchor.lookup(&zero);
-	if (!b || !map)
+	if (!map)
 		return 0;
-	if (b->percpu_offset)
-		return b->percpu_offset;
 	if (!READ(&here, &b) && !READ(&at, &map) && !READ(&pointer, at + OFF_bpf_array_pptrs))
 		b->percpu_offset = here - pointer;
 	return b->percpu_offset;
@@ -145,7 +149,7 @@ INLINE u8 verdict_of(u64 net, struct control *control)
 {
 	u64 at = 0, netns = net ? netns_id(net) : 0;
 	u32 failed, dropped, too_long = 0;
-	u64 offset = netns ? percpu_offset(control) : 0;
+	u64 offset = netns ? percpu_offset() : 0;
 	if (!offset || READ(&at, net + OFF_net_ct_stat) || !at)
 		return VERDICT_UNKNOWN;
 	at += offset;
@@ -180,9 +184,9 @@ INLINE u8 verdict_of(u64 net, struct control *control)
 }
 #endif
 
-INLINE void take_sample(void *ctx, struct flow_key *flow, struct tally *one, struct skb_view *skb, struct control *control)
+INLINE void take_sample(void *ctx, struct flow_key *flow, struct tally *one, struct skb_view *skb,
+			struct budget *b, struct control *control)
 {
-	struct budget *b = current_budget(control);
 	u64 l3 = SKB(skb, u64, head) + SKB(skb, u16, network_header);
 	u64 end = 0, linear = SKB(skb, u32, tail) - SKB(skb, u16, network_header);
 	u8 h[8] = {}, protocol;
@@ -223,11 +227,11 @@ INLINE void take_sample(void *ctx, struct flow_key *flow, struct tally *one, str
 INLINE int is_same(const struct flow_key *a, const struct flow_key *b)
 {
 	const u64 *left = (const u64 *)a, *right = (const u64 *)b;
+	u64 differs = 0; /* no branches: they would cost more to compile than comparing to the end costs to run */
 #pragma unroll
-	for (int i = sizeof(*a) / 8 - 1; i >= 0; i--) /* what differs most stands last */
-		if (left[i] != right[i])
-			return 0;
-	return 1;
+	for (int i = 0; i < sizeof(*a) / 8; i++)
+		differs |= left[i] ^ right[i];
+	return !differs;
 }
 
 /* The slot for this flow: its own, or a free one, or NULL. */
@@ -259,14 +263,17 @@ INLINE int count_known(struct flow_key *flow, u64 packets, u64 bytes, u32 side)
 	return have != 0;
 }
 
-/* A key not yet counted in this turn. Returns 1 if it is now in the flow map, worth a sample. */
-INLINE int count_new(struct flow_key *flow, struct tally *one, struct control *control)
+/* A key that seems not to be counted in this turn yet. Returns 1 if only now it is in the flow map: worth a sample. */
+INLINE int count_new(struct flow_key *flow, struct tally *one, struct budget *b, struct control *control)
 {
 	u32 side = control->side;
 	struct drop_key *key = (struct drop_key *)flow; /* a flow_key begins with a drop_key */
 	struct tally *have;
-	struct budget *b = current_budget(control);
 	struct slot *slot = slot_of(flow, side);
+	if (slot && slot->tally.skbs) {
+		add(&slot->tally, one->packets, one->bytes);
+		return 0;
+	}
 	if (slot) {
 		slot->flow = *flow;
 		slot->tally = *one;
@@ -275,8 +282,11 @@ INLINE int count_new(struct flow_key *flow, struct tally *one, struct control *c
 	if (b && !b->flows_full) {
 		if (!(side ? flows_1.insert(flow, one) : flows_0.insert(flow, one)))
 			return 1;
-		if (count_known(flow, one->packets, one->bytes, side)) /* another CPU was first */
+		have = side ? flows_1.lookup(flow) : flows_0.lookup(flow);
+		if (have) { /* another CPU was first */
+			add(have, one->packets, one->bytes);
 			return 0;
+		}
 		b->flows_full = 1;
 	}
 	have = side ? drops_1.lookup(key) : drops_0.lookup(key);
@@ -302,11 +312,10 @@ INLINE void count_unknown(void *ctx, u64 at, struct flow_key *flow, struct skb_v
 		fill_netns(key, at, skb, 0, rx_sk); /* without the device, which was none */
 		if (key->net && !read_netns(&one, key->net))
 			key->net = 0;
-		if (count_known(flow, packets, bytes, control->side))
-			return;
 	}
-	if (count_new(flow, &one, control))
-		take_sample(ctx, flow, &one, skb, control);
+	struct budget *b = current_budget(control);
+	if (count_new(flow, &one, b, control))
+		take_sample(ctx, flow, &one, skb, b, control);
 }
 
 int on_kfree_skb(struct bpf_raw_tracepoint_args *ctx)

@@ -63,6 +63,7 @@ class Btf:
         self._first_string: int = below._first_string + len(below._strings) if below else 0
         self._positions = self._find_positions()
         self._next_id: int = self._first_id + len(self._positions)
+        self._found: dict[tuple[str, int], int] = {}
 
     @classmethod
     def vmlinux(cls, sysfs: Path = SYSFS) -> Btf:
@@ -165,6 +166,11 @@ class Btf:
 
     def _find(self, name: str, kind: int) -> int:
         """Id of the named type of that kind (a plain enum also matches a 64-bit one), or 0."""
+        if (name, kind) not in self._found:
+            self._found[name, kind] = self._search(name, kind)
+        return self._found[name, kind]
+
+    def _search(self, name: str, kind: int) -> int:
         name_at = self._string_offset(name)
         if name_at is not None:
             needle, at = struct.pack("<I", name_at), -1

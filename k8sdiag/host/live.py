@@ -64,8 +64,7 @@ class LiveSource:
 
     def __iter__(self) -> Iterator[Batch]:
         try:
-            t_ns = _boottime_ns()
-            who = tuple(self._inventory.facts(t_ns))  # while the probe is compiled
+            self._inventory.notice()  # while the probe is compiled
             self._drops.load()
             # What conntrack counted is read before anything is attached, or its first refusals could not be told.
             # What else the kernel counted, after it: nothing from before the watch is a loss of the watch.
@@ -76,12 +75,14 @@ class LiveSource:
             named.append(self._instance.capability())
             begin_s = time.monotonic()
             yield Batch(_boottime_ns(), (node_fact(self._inventory), *self._clock(), *named))
+            t_ns = _boottime_ns()
+            who = tuple(self._inventory.facts(t_ns))
             self._unseen = Unseen(self._drops.reasons, self._symbols.name)
             self._conntrack = ConntrackStatistics(self._drops.counts_chains)
             later = self._counters.read(everything=True)
             self._unseen.before(later)
             tables = (*self._conntrack.facts(earlier), *self._conntrack.facts(later))
-            yield Batch(_boottime_ns(), (*who, *tables))
+            yield Batch(t_ns, (*who, *tables))
             end_s = None if self._duration_s is None else begin_s + self._duration_s
             last = False
             while not last:

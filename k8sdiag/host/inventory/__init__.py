@@ -60,6 +60,8 @@ class Inventory:
         self._spaces: dict[int, _Space] = {}
         self._host_pods: dict[str, HostPod] = {}
         self._suspects: set[int] = set()
+        self._arrived: set[int] = set()
+        """Namespaces that were noticed and not yet looked into."""
         self._turn = 0
         self.host_inode = netns.own_inode()
 
@@ -88,6 +90,10 @@ class Inventory:
     def inodes(self) -> list[int]:
         return list(self._spaces)
 
+    def notice(self) -> None:
+        """See which namespaces there are, so that they can be entered: a first look before there is time for facts."""
+        self._arrived |= self._arrivals(self._holders())
+
     def facts(self, t_ns: int) -> Iterator[AnyFact]:
         """What changed since the last call: new, different and ended owners, devices and addresses."""
         holders = self._holders()
@@ -95,7 +101,8 @@ class Inventory:
         doubted = self._suspects | self._in_turn()
         self._suspects = set()
         yield from self._endings(holders, doubted, t_ns)
-        look = self._arrivals(holders)
+        look = (self._arrived | self._arrivals(holders)) & self._spaces.keys()
+        self._arrived = set()
         if look:  # perhaps one of them is where a veth leads
             look |= {inode for inode, space in self._spaces.items() if space.interior.strangers}
         for space in self._spaces.values():
