@@ -11,7 +11,7 @@ from k8sdiag.identity import Identity
 from k8sdiag.snapshot import ConntrackRow, HolderRow, Owner, ProtocolRow, RepairRow
 
 HOLDERS = 50
-"""Owners of a table that are named, largest first; the rest is in the sums."""
+"""Addresses outside of this node that are named as holders, largest first; the rest is in the sums."""
 _PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp", 33: "dccp", 47: "gre", 58: "icmpv6", 132: "sctp", 136: "udplite"}
 _Space: TypeAlias = tuple[int, int]
 _Tick: TypeAlias = tuple[int, ConntrackStats]
@@ -129,7 +129,10 @@ class Tables:
                 for i, number in enumerate(numbers):
                     sums[i] += number
         rows = [HolderRow(owner, *sums) for owner, sums in held.values()]
-        return tuple(sorted(rows, key=lambda row: (-row.entries, -row.as_target, row.owner.label))[:HOLDERS])
+        rows.sort(key=lambda row: (-row.entries, -row.as_target, row.owner.label))
+        strangers = [row for row in rows if row.owner.kind in ("external", "unknown")][HOLDERS:]
+        left_out = {id(row) for row in strangers}
+        return tuple(row for row in rows if id(row) not in left_out)
 
 
 def _last_refusal(ticks: deque[_Tick]) -> list[_Tick]:
@@ -177,7 +180,7 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _refused(stats: ConntrackStats) -> int:
-    return stats.drop - stats.insert_failed
+    return stats.drop - max(0, stats.insert_failed - (stats.chain_too_long or 0))
 
 
 def _since(start: int | None, now: int | None) -> int | None:

@@ -188,6 +188,7 @@ class Engine:
             drop = causes.Drop(
                 self._reason(key.reason), self._symbol(key), key.hook, key.conntrack, key.family, key.protocol,
                 key.src, key.dst, key.sport, key.dport, key.verdict, key.probed, key.segment, key.nat, key.reply_dport,
+                key.is_reply,
             )  # fmt: skip
             known = self._entries[key] = _Entry(key, self.identity.attribute(key, t_ns), causes.cause_of(drop))
         return known
@@ -290,17 +291,28 @@ class Engine:
             line.recent += recent.get(entry, 0)
             line.flows.add((key.protocol, key.src, key.sport, key.dst, key.dport))
             line.reply_ports.add(key.reply_dport)
-        table_of = {table.netns: table for table in tables}
+        # An inode is given out again: the fullest table is that of the living namespace.
+        table_of = {table.netns: table for table in reversed(tables)}
         ports: dict[tuple[object, ...], set[int]] = {}
+        most_ports: dict[int, int] = {}
+        waiting: dict[tuple[str, int], int] = {}
         for line in lines.values():
-            if line.entry.cause == causes.UNDECIDED_PORT:
-                ports.setdefault(_translation(line.entry.key), set()).update(line.reply_ports)
+            key, cause = line.entry.key, line.entry.cause
+            if cause == causes.UNDECIDED_PORT and not key.folded:
+                tried = ports.setdefault(_translation(key), set())
+                tried.update(line.reply_ports)
+                most_ports[key.netns] = max(most_ports.get(key.netns, 0), len(tried))
+            question = cause, causes.asked_of(cause, key.netns)
+            waiting[question] = waiting.get(question, 0) + line.count.packets
         rows: list[DropRow] = []
         flows: dict[int, set[_Flow]] = {}
         for line in lines.values():
-            table = table_of.get(line.entry.key.netns)
-            tried = len(ports.get(_translation(line.entry.key), ()))
-            row = self._row(line, rate_s, causes.decide(line.entry.cause, table, tables, tried))
+            key, cause = line.entry.key, line.entry.cause
+            # What was folded for want of room is like the rest of its namespace.
+            ports_tried = most_ports.get(key.netns, 0) if key.folded else len(ports.get(_translation(key), ()))
+            packets = waiting[cause, causes.asked_of(cause, key.netns)]
+            decided = causes.decide(cause, table_of.get(key.netns), tables, ports_tried, packets)
+            row = self._row(line, rate_s, decided)
             if self._wants(row.owner) or self._wants(row.peer):
                 rows.append(row)
                 flows[id(row)] = line.flows
@@ -335,7 +347,7 @@ class Engine:
             benign=cause == causes.BENIGN,
             owner=attribution.owner,
             peer=attribution.peer,
-            service=_socket(key.dst, key.dport) if key.nat in ("DST", "BOTH") else None,
+            service=_service(key),
             direction=attribution.direction,
             family=_FAMILIES.get(key.family),
             protocol=_PROTOCOLS.get(key.protocol, str(key.protocol)) if key.family else None,
@@ -374,7 +386,13 @@ class _Line:
         self.reply_ports: set[int] = set()
 
 
-def _socket(address: str, port: int) -> str:
+def _service(key: DropKey) -> str | None:
+    """The address that stands for others, whichever way the packet went."""
+    address, port = (key.reply_dst, key.reply_dport) if key.is_reply else (key.dst, key.dport)
+    if key.nat not in ("DST", "BOTH") or not address:
+        return None
+    if not port:
+        return address
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
@@ -440,7 +458,7 @@ def _owners(
     groups: dict[_Identity, list[DropRow]] = {}
     for row in rows:
         groups.setdefault(row.owner.identity, []).append(row)
-    is_read = any(table.entries is not None for table in tables)
+    is_read = all(table.entries is not None for table in tables if table.count)
     repairs: dict[_Identity, int] = {}
     entries: dict[_Identity, int] = {}
     holders: dict[_Identity, Owner] = {}

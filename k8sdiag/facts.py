@@ -185,6 +185,8 @@ class DropKey(Fact, frozen=True, tag="drop_key"):
     reply_dst: str = ""
     reply_sport: int = 0
     reply_dport: int = 0
+    is_reply: bool = False
+    """Of a translated connection: the packet answers, and `reply_*` is the way of what it answers."""
 
 
 class Drops(Fact, frozen=True, tag="drops"):

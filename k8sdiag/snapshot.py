@@ -214,8 +214,10 @@ class ConntrackRow(msgspec.Struct, frozen=True):
 
     @property
     def refused(self) -> int:
-        """Packets for which no entry was allocated: an unresolved clash raises both counters."""
-        return max(0, self.drop - self.insert_failed)
+        """Packets for which no entry was allocated, at least: an unresolved clash raises both counters, a chain that is
+        too long insert_failed alone, as an entry does that was dying.
+        """
+        return max(0, self.drop - max(0, self.insert_failed - (self.chain_too_long or 0)))
 
 
 class Evidence(msgspec.Struct, frozen=True):

@@ -165,13 +165,13 @@ VERDICTS = {
     "refused": "conntrack allocated no entry for it: the table is full, or a tracker refused it",
     "clash": "its entry met one that was there already, and could not be inserted",
     "chain_too_long": "the hash chain its entry belongs to was too long",
-    "insert_failed": "its entry was dying when it was to be inserted",
+    "insert_failed": "its entry was not inserted although nothing clashed: it was dying",
     "unknown": "whether conntrack or a rule dropped it could not be told at the drop",
 }
 CONFIDENCES: dict[Confidence, str] = {
     "proven": "proven: seen in the function that refused it",
     "likely": "likely: told from the statistics of conntrack, read at the drop",
-    "possible": "possible: several causes fit, and the statistics of the window decided",
+    "possible": "possible: several causes fit, and statistics decided",
 }
 
 
@@ -180,6 +180,8 @@ def verdict_words(row: DropRow) -> str:
     if not row.verdict:
         return ""
     said = VERDICTS.get(row.verdict.lower(), row.verdict)
+    if row.verdict.lower() == "unknown":
+        return f"{said}: {CONFIDENCES['possible']}"
     # A rule is seen by what did not happen: no function refused anything.
     return said if row.verdict.lower() == "rule" else f"{said} ({CONFIDENCES[row.confidence]})"
 

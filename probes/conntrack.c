@@ -45,6 +45,7 @@ INLINE int count_repair(u64 at)
 	if (SKB(&skb, u16, network_header))
 		read_flow(&flow, SKB(&skb, u64, head) + SKB(&skb, u16, network_header),
 			  __builtin_bswap16(SKB(&skb, u16, protocol)));
+	read_conntrack(&flow, SKB(&skb, u64, _nfct)); /* or its sender would be the address it is translated to */
 	fill_netns((struct drop_key *)&flow, at, &skb, dev, 0);
 	flow.iif = SKB(&skb, u32, skb_iif);
 	flow.hook = flow.iif == flow.ifindex ? HOOK_LOCAL_IN : HOOK_POST_ROUTING; /* connections are confirmed at these */
@@ -117,9 +118,9 @@ INLINE u8 probed_verdict(u8 verdict, u64 skb, u8 conntrack)
 		return verdict;
 	if (r->failed == skb && verdict != VERDICT_RULE) {
 		r->failed = 0;
-		if (verdict == VERDICT_UNKNOWN || verdict == VERDICT_NONE)
-			verdict = r->is_clash ? VERDICT_CLASH : VERDICT_INSERT_FAILED;
-		return verdict | PROBED;
+		if (verdict != VERDICT_UNKNOWN && verdict != VERDICT_NONE)
+			return verdict | PROBED;
+		return r->is_clash ? VERDICT_CLASH | PROBED : VERDICT_UNKNOWN; /* dying, or the chain was too long */
 	}
 	if (r->full && conntrack == CONNTRACK_NONE && verdict != VERDICT_RULE) {
 		r->full = 0;

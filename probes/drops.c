@@ -4,7 +4,9 @@
  * Counts:  every drop once, per CPU: in a slot, else in the hash map `flows` with addresses and ports, or, once that
  *          has no room, in `drops`, keyed by what explains a drop. All exist twice; user space switches and drains.
  * Cost:    printed by scripts/bench; a netfilter drop whose hook is not told by its route takes a stack.
- * Blind:   drops that consume_skb() hides (SYN at a full queue), native XDP, NIC rings: counters show those. */
+ * Blind:   drops that consume_skb() hides (SYN at a full queue), native XDP, NIC rings: counters show those. What
+ *          conntrack refuses elsewhere than at a hook (reinjected from NFQUEUE, in Open vSwitch) has no verdict, and
+ *          the next netfilter drop there on that CPU gets it. */
 
 struct slot {
 	struct flow_key flow;

@@ -268,6 +268,8 @@ INLINE void read_conntrack(struct flow_key *flow, u64 nfct)
 	u64 original = ct + OFF_nf_conn_tuplehash + OFF_nf_conntrack_tuple_hash_tuple;
 	u64 reply = original + SIZE_nf_conntrack_tuple_hash;
 	int is_reply = (nfct & 7) >= 3; /* IP_CT_IS_REPLY */
+	if (is_reply)
+		flow->nat |= NAT_REPLY;
 	read_tuple(is_reply ? reply : original, flow->family, flow->protocol, flow->src, flow->dst,
 		   &flow->sport, &flow->dport);
 	read_tuple(is_reply ? original : reply, flow->family, flow->protocol, flow->reply_src, flow->reply_dst,

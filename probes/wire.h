@@ -44,6 +44,7 @@ enum {
 	NAT_SRC = 1,
 	NAT_DST = 2,
 	NAT_BOTH = 3,
+	NAT_REPLY = 4,
 };
 
 enum {

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from k8sdiag.causes import conntrack, node, policy, routing, sockets
 from k8sdiag.causes.benign import BENIGN, is_benign
 from k8sdiag.causes.cause import Case, Cause, Connections, Drop, Severities, Window
-from k8sdiag.causes.conntrack import UNDECIDED_PORT, decide
+from k8sdiag.causes.conntrack import UNDECIDED_PORT, asked_of, decide
 from k8sdiag.facts import Confidence
 from k8sdiag.snapshot import ConntrackRow, DropRow, Evidence, Finding, Owner
 
@@ -28,6 +28,7 @@ __all__ = [
     "Drop",
     "Severities",
     "Window",
+    "asked_of",
     "cause_of",
     "confidence_of",
     "decide",

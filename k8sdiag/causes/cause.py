@@ -32,6 +32,7 @@ class Drop(NamedTuple):
     """SRC, DST or BOTH; src … dport are then those the packet was sent with."""
     reply_dport: int = 0
     """Where the reply goes to: after SNAT the port that is in use outside."""
+    is_reply: bool = False
 
 
 Connections: TypeAlias = Callable[[Sequence[DropRow]], "int | None"]

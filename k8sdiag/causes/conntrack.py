@@ -45,7 +45,7 @@ def undecided(drop: Drop) -> str:
     """The question that only the statistics of the window can answer for this drop; empty where it is clear."""
     if drop.reason == "NO_SOCKET" and drop.protocol == TCP and drop.segment not in ("", "SYN"):
         return UNDECIDED_NO_SOCKET
-    if _by_conntrack(drop, "CLASH") and _has_new_port(drop) and not _is_race_of_dns(drop):
+    if _by_conntrack(drop, "CLASH") and _has_new_port(drop) and not _is_race(drop):
         return UNDECIDED_PORT
     if not is_netfilter(drop) or drop.verdict not in ("", "UNKNOWN", "RULE"):
         return ""
@@ -60,8 +60,13 @@ def undecided(drop: Drop) -> str:
     if not drop.conntrack and drop.hook in ("PRE_ROUTING", "LOCAL_OUT", "UNKNOWN", ""):
         return UNDECIDED_REFUSED
     if drop.conntrack == "NEW" and drop.hook in ("POST_ROUTING", "LOCAL_IN"):
-        return UNDECIDED_INSERT_DNS if _is_race_of_dns(drop) else UNDECIDED_INSERT
+        return UNDECIDED_INSERT_DNS if _is_race(drop) else UNDECIDED_INSERT
     return ""
+
+
+def asked_of(cause: str, netns: int) -> int:
+    """Whose statistics answer what is undecided: those of the drop's namespace, or (0) those of all."""
+    return 0 if cause == UNDECIDED_NO_SOCKET else netns
 
 
 _Counter: TypeAlias = Callable[[ConntrackRow], int]
@@ -75,21 +80,25 @@ _DECIDED_BY: dict[str, tuple[_Counter, str]] = {
 """The counter that must have risen in the drop's own namespace, and what it was then; else a rule dropped."""
 
 
-def decide(cause: str, table: ConntrackRow | None, tables: Sequence[ConntrackRow], ports: int = 1) -> str:
+def decide(
+    cause: str, table: ConntrackRow | None, tables: Sequence[ConntrackRow], ports: int = 1, packets: int = 1
+) -> str:
     """Slug or BENIGN for what cause_of() gave, by the table of the drop's namespace and those of all namespaces.
 
     `ports`: different source ports at which packets towards the same socket clashed behind the same address.
+    `packets`: how many wait for the same answer. A counter answers for all of them where it rose by at least half as
+    much (it is read a moment before them): one refusal does not explain a hundred drops.
     """
     if cause == UNDECIDED_PORT:
         # A search begins at a random port. Where it ends in one clash after the other, there was no free one.
         return "snat-port-exhaustion" if ports > 1 else "ct-snat-port-clash"
     if cause == UNDECIDED_NO_SOCKET:
         # Translation was missed on the way, in another namespace than that of the socket.
-        return "ct-invalid-rst" if any(one.invalid for one in tables) else BENIGN
+        return "ct-invalid-rst" if 2 * sum(one.invalid for one in tables) >= packets else BENIGN
     if cause not in _DECIDED_BY:
         return cause
     counter, slug = _DECIDED_BY[cause]
-    if table is None or not counter(table):
+    if table is None or 2 * counter(table) < packets:
         return _BY_RULE
     inserts = cause in (UNDECIDED_INSERT, UNDECIDED_INSERT_DNS)
     if inserts and not table.drop and (table.chain_too_long or 0) >= table.insert_failed:
@@ -102,16 +111,16 @@ def _by_conntrack(drop: Drop, *verdicts: str) -> bool:
     return drop.verdict in verdicts and not drop.location.startswith("nft_do_chain")
 
 
-def _is_race_of_dns(drop: Drop) -> bool:
-    """Two queries of one socket. With its port translated it clashed with another socket's instead."""
-    if drop.protocol != UDP or drop.dport != DNS:
+def _is_race(drop: Drop) -> bool:
+    """Two datagrams of one socket, as a rule DNS queries. With another source port it clashed with another socket's."""
+    if drop.protocol != UDP or _has_new_port(drop):
         return False
-    return not _has_new_port(drop)
+    return drop.dport == DNS or drop.nat in ("", "DST")
 
 
 def _has_new_port(drop: Drop) -> bool:
     """Whether translation gave it another source port than it was sent with: that one was taken."""
-    return drop.nat in ("SRC", "BOTH") and drop.reply_dport != drop.sport
+    return drop.nat in ("SRC", "BOTH") and (drop.reply_dport != drop.sport or not drop.src)
 
 
 def _is_table_full(drop: Drop) -> bool:
@@ -123,11 +132,11 @@ def _is_refused_with_entry(drop: Drop) -> bool:
 
 
 def _is_insert_race(drop: Drop) -> bool:
-    return _by_conntrack(drop, "CLASH") and _is_race_of_dns(drop)
+    return _by_conntrack(drop, "CLASH") and _is_race(drop)
 
 
 def _is_stale_dnat(drop: Drop) -> bool:
-    if drop.protocol != UDP or drop.nat not in ("DST", "BOTH") or drop.conntrack != "CONFIRMED":
+    if drop.protocol != UDP or drop.nat not in ("DST", "BOTH") or drop.conntrack != "CONFIRMED" or drop.is_reply:
         return False
     if drop.reason in ("", "NOT_SPECIFIED") and drop.location in ("arp_error_report", "ndisc_error_report"):
         return True  # kernels that have no NEIGH_FAILED
@@ -703,7 +712,7 @@ CAUSES = (
     ),
     Cause(
         slug="ct-insert-race-dns",
-        title="DNS queries lost a race for their conntrack entry",
+        title="datagrams (DNS) lost a race for their conntrack entry",
         severities=Severities(0.1, 10.0, 3),
         claims=_is_insert_race,
         feels="Now and then a lookup takes 5 s (or 2.5, or 10), until the resolver asks again.",

@@ -275,14 +275,14 @@ class Probe:
         return ""
 
     def runs(self) -> ProgramRuns:
-        """Of all programs together."""
-        total = ProgramRuns(0, 0, 0)
+        """Of all programs together; misses of the tracepoint's alone: a kprobe that was skipped is no drop unseen."""
+        infos = []
         for program in (self.program, *self._kprobe_programs):
             info = ctypes.create_string_buffer(256)
             bpf(_PROG_INFO, struct.pack("<IIQ", program, 256, _address(info)))
             run_ns, runs, misses = struct.unpack_from("<QQQ", info.raw, 192)
-            total = ProgramRuns(total.runs + runs, total.run_ns + run_ns, total.misses + misses)
-        return total
+            infos.append(ProgramRuns(runs, run_ns, misses))
+        return ProgramRuns(sum(info.runs for info in infos), sum(info.run_ns for info in infos), infos[0].misses)
 
     def detach(self) -> None:
         for link in self._links:

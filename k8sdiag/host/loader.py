@@ -169,7 +169,8 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
         raise LoadError("btf", str(error)) from error
     defines, offsets = [], {}
     for record, path in MEMBERS:
-        at = vmlinux.offset(record, path)
+        # Where user space cannot ask for cookies (before 5.14), the probe does without them too.
+        at = vmlinux.offset(record, path) if path != "net_cookie" or _has_cookies() else None
         if at is None and (record, path) not in OPTIONAL:
             raise LoadError("btf", f"this kernel's BTF has no {record}.{path}")
         if at is not None:
@@ -198,9 +199,16 @@ def type_defines() -> tuple[list[str], dict[str, Any]]:
         "reasons": {str(number): name for name, number in reasons.items()},
         "arguments": args,
         "conntrack": known,
-        "cookie": ("net", "net_cookie") in offsets,
     }
     return defines + conntrack_defines, about
+
+
+def _has_cookies() -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            return bool(probe.getsockopt(socket.SOL_SOCKET, 71, 8))  # SO_NETNS_COOKIE
+        except OSError:
+            return False
 
 
 def _conntrack_defines(vmlinux: Btf) -> tuple[list[str], list[str]]:

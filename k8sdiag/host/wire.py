@@ -122,6 +122,8 @@ class Nat(IntEnum):
     SRC = 1
     DST = 2
     BOTH = 3
+    REPLY = 4
+    """Added to these: the packet answers."""
 
 
 class Segment(IntEnum):

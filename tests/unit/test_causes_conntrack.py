@@ -90,7 +90,9 @@ def cause(drop: Drop, here: ConntrackRow | None = QUIET, *elsewhere: ConntrackRo
         (QUERY._replace(verdict="CLASH"), "ct-insert-race-dns"),
         (QUERY._replace(verdict="CLASH", nat="BOTH"), "ct-insert-race-dns"),  # the port was kept
         (QUERY._replace(verdict="CLASH", nat="BOTH", reply_dport=1024), "ct-snat-port-clash"),
-        (QUERY._replace(verdict="CLASH", dport=5353), "ct-snat-port-clash"),
+        (QUERY._replace(verdict="CLASH", dport=5353), "ct-insert-race-dns"),  # no source port is translated: a race
+        (QUERY._replace(verdict="CLASH", dport=5353, nat="DST"), "ct-insert-race-dns"),
+        (QUERY._replace(verdict="CLASH", dport=5353, nat="SRC", reply_dport=QUERY.sport), "ct-snat-port-clash"),
         (QUERY._replace(verdict="CLASH", protocol=TCP), "ct-snat-port-clash"),
         (QUERY._replace(verdict="RULE"), "networkpolicy-drop"),
         # 8

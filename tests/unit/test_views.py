@@ -561,7 +561,7 @@ def test_a_translated_connection_is_shown_both_ways() -> None:
     [
         (translated(CART, 23), "met one that was there already, and could not be inserted (likely: told from"),
         (translated(CART, 23, confidence="proven"), "could not be inserted (proven: seen in the function"),
-        (drop(CART, 2, "ct-table-full", verdict="unknown", confidence="possible"), "the window decided"),
+        (drop(CART, 2, "ct-table-full", verdict="unknown", confidence="possible"), "and statistics decided"),
         (drop(CART, 2, "networkpolicy-drop", verdict="rule"), "a rule dropped it; conntrack counted nothing"),
     ],
 )

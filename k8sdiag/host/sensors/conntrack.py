@@ -6,7 +6,7 @@ counts any more (`new`, `ignore`, `delete`) are not looked at, nor is `insert`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,8 @@ _COLUMNS = {
     "chain_too_long": "chainlength",
 }
 """Our names, and those of /proc/net/stat/nf_conntrack."""
+_NO_STEP = 1 << 31
+"""No counter rises by as much between two readings: it is another namespace that got the inode, and began at zero."""
 
 
 class Limits(NamedTuple):
@@ -86,10 +88,9 @@ class ConntrackStatistics:
             before = self._rows.get(space) or (reading.conntrack if not self._started else ())
             self._rows[space] = reading.conntrack
             counts = {ours: 0 if known is None else getattr(known, ours) or 0 for ours in self._columns}
-            for cpu, row in enumerate(reading.conntrack):
-                was = before[cpu] if cpu < len(before) else {}
-                for ours, theirs in self._columns.items():
-                    counts[ours] += (row.get(theirs, 0) - was.get(theirs, 0)) & 0xFFFFFFFF
+            steps = self._steps(before, reading.conntrack) or self._steps((), reading.conntrack) or {}
+            for ours, step in steps.items():
+                counts[ours] += step
             fact = ConntrackStats(*space, reading.conntrack[0].get("entries", 0), *limits, **counts)
             if known is None and not fact.count and not any(counts.values()):
                 continue
@@ -99,6 +100,18 @@ class ConntrackStatistics:
             if fact != known:
                 yield fact
         self._started = True
+
+    def _steps(self, before: Sequence[dict[str, int]], now: Sequence[dict[str, int]]) -> dict[str, int] | None:
+        """By how much each counter rose, all CPUs together. None: these are not the same counters."""
+        steps = dict.fromkeys(self._columns, 0)
+        for cpu, row in enumerate(now):
+            was = before[cpu] if cpu < len(before) else {}
+            for ours, theirs in self._columns.items():
+                step = (row.get(theirs, 0) - was.get(theirs, 0)) & 0xFFFFFFFF
+                if step >= _NO_STEP and was:
+                    return None
+                steps[ours] += step
+        return steps
 
     @property
     def counts(self) -> dict[Space, int]:

@@ -89,7 +89,7 @@ class NetnsCounters:
             first = self._turn * BUSY_PER_TICK % len(busy) if len(busy) > BUSY_PER_TICK else 0
             turn = range(self._turn * LOOKS_PER_TICK, (self._turn + 1) * LOOKS_PER_TICK)
             chosen = {*(busy + busy)[first : first + BUSY_PER_TICK], *(inodes[i % len(inodes)] for i in turn if inodes)}
-        self._busy.clear()
+        self._busy -= chosen  # the others have their turn
         readings = {}
         for inode in chosen:
             path = self._inventory.path(inode)

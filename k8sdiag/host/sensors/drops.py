@@ -60,6 +60,8 @@ class DropSensor:
         self._next_id = 1
         self._named: set[int] = set()
         self._probe: Probe | None = None
+        self._ring: RingBuffer | None = None
+        self._grace: GracePeriod | None = None
         self._baselined = False
         self.filtered: set[int] = set()
         """Inodes of the namespaces in which netfilter dropped anything before the last read."""
@@ -176,6 +178,7 @@ class DropSensor:
             self._probe.detach()
         records = self._samples()
         idle = self._switch()
+        assert self._grace is not None
         self._grace.wait()
         sums = self._drain(idle)
         facts: list[AnyFact] = []
@@ -197,6 +200,7 @@ class DropSensor:
         return facts
 
     def _samples(self) -> list[bytes]:
+        assert self._ring is not None
         records = list(self._ring.read())
         self._credit -= len(records)
         return records
@@ -290,8 +294,10 @@ class DropSensor:
             self._compilation.cancel()
         else:
             self._probe.detach()
-            self._ring.close()
-            self._grace.close()
+            if self._ring is not None:
+                self._ring.close()
+            if self._grace is not None:
+                self._grace.close()
             self._probe.close()
             self._probe = None
 
@@ -359,7 +365,8 @@ def _drop_key(number: int, identity: bytes) -> DropKey:
         verdict=wire.Verdict(verdict & ~wire.PROBED).name if verdict else "",
         probed=bool(verdict & wire.PROBED),
         segment=wire.Segment(segment).name if segment else "",
-        nat=wire.Nat(nat).name if nat else "",
+        nat=wire.Nat(nat & wire.Nat.BOTH).name if nat else "",
+        is_reply=bool(nat & wire.Nat.REPLY),
         reply_src=_address(reply_src) if is_translated else "",
         reply_dst=_address(reply_dst) if is_translated else "",
         reply_sport=reply_sport,

@@ -415,8 +415,6 @@ class _Pace(NamedTuple):
     next_s: float
     """When it is to be read again, by time.monotonic()."""
     empty: bool
-    soonest_s: float = 0.0
-    """When it may be read again, if there is a reason."""
 
 
 class TableReader:
@@ -434,6 +432,8 @@ class TableReader:
         self._lock = Lock()
         self._finished: list[ConntrackTable] = []
         self._failures: dict[Space, OSError] = {}
+        self._rest_until_s = 0.0
+        """No reading before that, by time.monotonic()."""
         self._stop = Event()
         self._thread: Thread | None = None
         self._walk: Walk | None = None
@@ -468,16 +468,15 @@ class TableReader:
         for path, inode, cookie, count in spaces:
             pace = self._paces.get((inode, cookie))
             if count:
-                due_s = 0.0 if pace is None else pace.soonest_s if (inode, cookie) in pressed else pace.next_s
-                if everything or due_s <= now_s:
+                if everything or pace is None or pace.next_s <= now_s or (inode, cookie) in pressed:
                     due.append((count, path, inode, cookie))
             elif pace and not pace.empty:
                 self._paces[inode, cookie] = _Pace(now_s, empty=True)
                 with self._lock:
                     self._finished.append(ConntrackTable(inode, self._t_ns(), cookie))
-        if due:
+        if due and (everything or self._rest_until_s <= now_s):
             due.sort(reverse=True)
-            self._thread = Thread(target=self._read, args=(due,), name="conntrack-table", daemon=True)
+            self._thread = Thread(target=self._run, args=(due,), name="conntrack-table", daemon=True)
             self._thread.start()
 
     def collect(self) -> list[ConntrackTable]:
@@ -500,9 +499,20 @@ class TableReader:
     def close(self) -> None:
         """End a reading half-way; what was finished may still be collected. Returns within a part of a dump."""
         self._stop.set()
-        if self.wait(1.0) and self._walk:
-            self._walk.close()
-            self._walk = None
+        if self.wait(1.0):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        walk, self._walk = self._walk, None
+        if walk:
+            walk.close()
+
+    def _run(self, due: list[tuple[int, str, int, int]]) -> None:
+        try:
+            self._read(due)
+        finally:
+            if self._stop.is_set():  # nobody may wait for it any more
+                self._let_go()
 
     def _read(self, due: list[tuple[int, str, int, int]]) -> None:
         for count, path, inode, cookie in due:
@@ -514,8 +524,10 @@ class TableReader:
                 failure = error
             if self._stop.is_set() and failure:
                 return
-            pause_s, now_s = PAUSE_RATIO * (time.thread_time() - begin_s), time.monotonic()
-            self._paces[inode, cookie] = _Pace(now_s + max(PAUSE_S, pause_s), empty=False, soonest_s=now_s + pause_s)
+            self._paces[inode, cookie] = _Pace(time.monotonic() + PAUSE_S, empty=False)
+            # For all tables together: reading one goes through the hash table of the whole machine.
+            self._rest_until_s = max(self._rest_until_s, time.monotonic())
+            self._rest_until_s += PAUSE_RATIO * (time.thread_time() - begin_s)
             with self._lock:
                 if failure:
                     self._failures[inode, cookie] = failure
