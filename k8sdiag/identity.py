@@ -219,11 +219,9 @@ class Identity:
         """Who has an address, seen from a namespace: an owner here, or one of kind "external" or "unknown"."""
         if not address:
             return Owner("unknown", "others")
-        if address in ("127.0.0.1", "::1") or _valid(
-            [span for span in self._addresses.get(address, ()) if span.netns == netns], cookie, t_ns
-        ):
-            return self.netns_owner(netns, cookie, t_ns, "ip") or Owner("unknown", f"netns:{netns}")
         key = DropKey(0, 0, 0, netns=netns, netns_cookie=cookie)
+        if self._is_local(address, key, t_ns):
+            return self.netns_owner(netns, cookie, t_ns, "ip") or Owner("unknown", f"netns:{netns}")
         return self._peer(address, key, t_ns) or Owner("unknown", address)
 
     def is_gone(self, address: str, t_ns: int) -> bool:
