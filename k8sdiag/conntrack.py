@@ -26,6 +26,8 @@ class Tables:
         self._ticks: dict[_Space, deque[_Tick]] = {}
         """Statistics and when they were taken. The first are from before the window: what counts is since then."""
         self._readings: dict[_Space, ConntrackTable] = {}
+        self._named: dict[_Space, tuple[ConntrackTable, int, tuple[HolderRow, ...]]] = {}
+        """Holders of a reading as the inventory of that version names them: screens ask several times a second."""
         self._repairs: dict[_Space, deque[tuple[int, Owner, int]]] = {}
         """When, whose and how many clashes were resolved."""
 
@@ -61,6 +63,7 @@ class Tables:
             if ended_ns is not None and ended_ns < start_ns - REMEMBERED_NS:
                 del self._ticks[space]
                 self._readings.pop(space, None)
+                self._named.pop(space, None)
                 self._repairs.pop(space, None)
 
     def zero(self, t_ns: int) -> None:
@@ -118,6 +121,12 @@ class Tables:
         return sum(line[5] for line in lines if line[2] and self._identity.is_gone(line[2], t_ns))
 
     def _holders(self, space: _Space, lines: list[_Line], t_ns: int) -> tuple[HolderRow, ...]:
+        reading = self._readings.get(space)
+        if reading is None:
+            return ()
+        known = self._named.get(space)
+        if known and known[0] is reading and known[1] == self._identity.version:
+            return known[2]
         owners: dict[str, Owner] = {}
         held: dict[object, tuple[Owner, list[int]]] = {}
         for _, source, target, _, _, entries, unreplied, _ in lines:
@@ -132,7 +141,9 @@ class Tables:
         rows.sort(key=lambda row: (-row.entries, -row.as_target, row.owner.label))
         strangers = [row for row in rows if row.owner.kind in ("external", "unknown")][HOLDERS:]
         left_out = {id(row) for row in strangers}
-        return tuple(row for row in rows if id(row) not in left_out)
+        holders = tuple(row for row in rows if id(row) not in left_out)
+        self._named[space] = reading, self._identity.version, holders
+        return holders
 
 
 def _last_refusal(ticks: deque[_Tick]) -> list[_Tick]:
