@@ -213,7 +213,8 @@ def _full_readings(table: ConntrackRow) -> Iterable[_Reading]:
 def _insert_readings(table: ConntrackRow) -> Iterable[_Reading]:
     yield _Reading("insert_failed", table.insert_failed, "packets", _STATISTICS)
     yield _Reading("drop", table.drop, "packets", _STATISTICS)
-    yield _Reading("ports found taken", table.found, "ports", f"{_STATISTICS}: found")
+    # From 6.12 on the last 32 ports that are tried are not counted: none counted does not mean none taken.
+    yield _Reading("ports found taken", table.found or None, "ports", f"{_STATISTICS}: found")
 
 
 def _dns_readings(table: ConntrackRow) -> Iterable[_Reading]:
