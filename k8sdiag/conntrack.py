@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from k8sdiag.facts import REMEMBERED_NS, ConntrackStats, ConntrackTable, DropKey
+from k8sdiag.facts import REMEMBERED_NS, ConntrackStats, ConntrackTable, DropKey, refused
 from k8sdiag.identity import Identity
 from k8sdiag.snapshot import ConntrackRow, HolderRow, Owner, ProtocolRow, RepairRow
 
@@ -191,7 +191,7 @@ def _sums(pairs: Iterable[tuple[str, int]]) -> dict[str, int]:
 
 
 def _refused(stats: ConntrackStats) -> int:
-    return stats.drop - max(0, stats.insert_failed - (stats.chain_too_long or 0))
+    return refused(stats.drop, stats.insert_failed, stats.chain_too_long)
 
 
 def _since(start: int | None, now: int | None) -> int | None:

@@ -211,6 +211,15 @@ class ClashesResolved(Fact, frozen=True, tag="clashes_resolved"):
     packets: tuple[int, ...]
 
 
+def refused(drop: int, insert_failed: int, chain_too_long: int | None) -> int:
+    """Packets for which no entry was allocated, at least.
+
+    An unresolved clash raises drop and insert_failed; a chain that is too long insert_failed alone, as an entry does
+    that was dying.
+    """
+    return max(0, drop - max(0, insert_failed - (chain_too_long or 0)))
+
+
 class ConntrackStats(Fact, frozen=True, tag="conntrack_stats"):
     """The connection table of one network namespace: gauges of now, and counts since the watch began.
 

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from k8sdiag.facts import Capability, Confidence, Cost, How, Lost, Node, OwnerKind
+from k8sdiag.facts import Capability, Confidence, Cost, How, Lost, Node, OwnerKind, refused
 
 Severity: TypeAlias = Literal["critical", "warning", "info"]
 Direction: TypeAlias = Literal["in", "out", "local", "forward", ""]
@@ -214,10 +214,8 @@ class ConntrackRow(msgspec.Struct, frozen=True):
 
     @property
     def refused(self) -> int:
-        """Packets for which no entry was allocated, at least: an unresolved clash raises both counters, a chain that is
-        too long insert_failed alone, as an entry does that was dying.
-        """
-        return max(0, self.drop - max(0, self.insert_failed - (self.chain_too_long or 0)))
+        """Packets for which no entry was allocated, at least. See facts.refused()."""
+        return refused(self.drop, self.insert_failed, self.chain_too_long)
 
 
 class Evidence(msgspec.Struct, frozen=True):
