@@ -32,7 +32,7 @@ _NO_STEP = 1 << 31
 
 
 class Limits(NamedTuple):
-    """One value each for the whole machine; None where there is no conntrack, or another unit than entries."""
+    """Entries and hash buckets, one value each for the whole machine; None where there is no conntrack, or no limit."""
 
     max: int | None
     buckets: int | None

@@ -337,11 +337,9 @@ def _drop_key(number: int, identity: bytes) -> DropKey:
     folded = len(identity) == _EXPLAINS + _NETNS.size
     (netns,) = _NETNS.unpack(identity[-_NETNS.size :])
     fields = (wire.DROP_KEY if folded else wire.FLOW_KEY).codec.unpack(identity[: -_NETNS.size])
-    cookie, location, ifindex, reason, hook, verdict, conntrack, nat, netns_from, family, protocol, segment = fields[
-        :12
-    ]
-    no_flow = (b"", b"", 0, 0, 0, b"", b"", 0, 0)
-    reply_src, reply_dst, reply_sport, reply_dport, iif, src, dst, sport, dport = no_flow if folded else fields[12:21]
+    explains, flow = fields[:12], (b"", b"", 0, 0, 0, b"", b"", 0, 0) if folded else fields[12:21]
+    cookie, location, ifindex, reason, hook, verdict, conntrack, nat, netns_from, family, protocol, segment = explains
+    reply_src, reply_dst, reply_sport, reply_dport, iif, src, dst, sport, dport = flow
     has_addresses = not folded and family in _FAMILIES
     is_translated = has_addresses and nat != wire.Nat.NONE
     return DropKey(
